@@ -1,0 +1,250 @@
+"""One frozen `RunConfig`: every key, default and bound of a run lives here.
+
+A method is a preset: a few values of the same keys, which the user's own values override. Keys come from a TOML file,
+from `-s key=value`, or from Python keyword arguments; an unknown key is an error that names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedspine.errors import ConfigError
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fedspine": {},
+    "fedspine-paper": {
+        "policy": "s-ucb",
+        "importance": "lora-gradient",
+        "masks": "own",
+        "reward": "paper",
+        "probe": False,
+    },
+    "fedavg": {
+        "policy": "fixed",
+        "aggregation": "coordinate",
+        "target_sparsity": 0.0,
+        "probe": False,
+    },
+}
+"""Presets: what each method changes from the defaults below."""
+
+_METHOD_HELP = "preset of the keys below: fedspine (measured best), fedspine-paper (faithful), fedavg (no pruning)"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a configuration key means and which values it takes."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+def _key(default: Any, help: str, *choices: str, min: float | None = None, max: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"key": Key(help, choices, min, max)})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete description of a run: equal configurations give equal results."""
+
+    method: str = _key("fedspine", _METHOD_HELP, *METHODS)
+    seed: int = _key(0, "seed of everything that is drawn", min=0, max=2**31 - 1)
+
+    # model and data
+    model: str = _key("all-MiniLM-L6-v2", "the embedded encoder, a local folder, or a hub name")
+    data: str = _key("embedded", "embedded, a file, a folder with train and dev/test files, or a hub name")
+    text_column: str = _key("", "column with the text; empty: found by its usual names")
+    text_pair_column: str = _key("", "column with the second text of a pair; empty: found, or none")
+    label_column: str = _key("", "column with the label; empty: found by its usual names")
+    max_length: int = _key(32, "tokens per text; longer ones are cut", min=4, max=8192)
+    eval_examples: int = _key(0, "rows of the evaluation set to use, drawn once by seed; 0: all", min=0)
+
+    # federation
+    devices: int = _key(80, "devices in the federation", min=1, max=1_000_000)
+    sampled: int = _key(10, "devices that take part in a round", min=1)
+    rounds: int = _key(30, "rounds", min=1, max=100_000)
+    quorum: float = _key(0.5, "share of the sampled devices that must reply for a round to count", min=0.0, max=1.0)
+    partition: str = _key(
+        "auto", "who has which rows: auto, iid, dirichlet, shards, or column:NAME (one device per value)"
+    )
+    dirichlet_alpha: float = _key(1.0, "label skew of partition=dirichlet; smaller is more skewed", min=0.01, max=1e4)
+    min_classes: int = _key(2, "classes that every device must hold; 1 allows one-class devices", min=1)
+    population: str = _key("jetson-80", "device catalogue: a built-in name or a TOML file")
+
+    # local training
+    local_iterations: int = _key(20, "optimiser steps of a device in a round", min=1, max=100_000)
+    prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
+    batch_size: int = _key(16, "examples per optimiser step", min=1, max=4096)
+    learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
+    clip_norm: float = _key(1.0, "gradient norm bound of a device's step", min=1e-6, max=1e6)
+    probe_examples: int = _key(32, "rows of a device's fixed probe batch for loss before and after", min=1, max=4096)
+    threads: int = _key(1, "torch threads per client and for the server; part of the result's identity", min=1, max=256)
+
+    # adapters
+    lora_targets: tuple[str, ...] = _key(
+        ("q", "v", "o", "up", "down"), "projections with adapters", "q", "k", "v", "o", "gate", "up", "down"
+    )
+    lora_scale: float = _key(2.0, "alpha / rank, the same at every rank", min=1e-3, max=1e3)
+    min_rank: int = _key(4, "smallest LoRA rank", min=1, max=1024)
+    max_rank: int = _key(16, "largest LoRA rank, and the rank of the server's adapters", min=1, max=1024)
+
+    # pruning
+    target_sparsity: float = _key(
+        0.5, "share of prunable parameters (heads and FFN channels) cut on every device at the end", min=0.0, max=0.95
+    )
+    importance: str = _key(
+        "fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random"
+    )
+    masks: str = _key("shared", "whose score cuts a device: the server's, its own, or both", "shared", "own", "mixed")
+    schedule: str = _key("cubic", "ramp of the sparsity floor, or everything after the warm-up", "cubic", "one-shot")
+    warmup_ratio: float = _key(0.1, "share of the rounds before the first cut", min=0.0, max=0.9)
+    ramp_ratio: float = _key(0.6, "share of the rounds after which every device is at the target", min=0.05, max=1.0)
+    max_step_ratio: float = _key(0.15, "most that a policy may prune ahead in one round", min=0.0, max=1.0)
+
+    # aggregation and scheduling
+    aggregation: str = _key(
+        "product", "how unequal adapters are joined: product space, per coordinate, or zero-padded",
+        "product", "coordinate", "zero-pad",
+    )  # fmt: skip
+    average_decay: float = _key(0.75, "weight of the past in the averaged adapters", min=0.0, max=0.999)
+    policy: str = _key(
+        "fedspine", "who chooses (pruning ratio, rank)",
+        "fedspine", "s-ucb", "fixed", "random", "time-model", "clairvoyant",
+    )  # fmt: skip
+    fixed_rank: int = _key(8, "rank of policy=fixed and of a safe first choice", min=1, max=1024)
+    reward: str = _key("lateness", "reward of a choice: one-sided lateness, or the paper's form", "lateness", "paper")
+    probe: bool = _key(True, "time one iteration and a small transfer before a device's configuration is fixed")
+
+    # measuring
+    target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)
+    eval_every: int = _key(5, "rounds between evaluations of the global model", min=1)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(RunConfig)
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
+        _check_together(self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> RunConfig:
+        """From user values over the preset of their `method` over the defaults.
+
+        Errors: `ConfigError` for an unknown key, a wrong type, or a value out of bounds.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+                raise ConfigError(f"unknown key '{key}': did you mean '{near[0]}'? `fedspine keys` lists all of them")
+        method = values.get("method", "fedspine")
+        if not isinstance(method, str) or method not in METHODS:
+            raise ConfigError(f"method = {method!r}: must be one of {', '.join(METHODS)}")
+        return cls(**{**METHODS[method], **values})
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        return cls(**json.loads(text))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    def to_toml(self) -> str:
+        """Every key with its help, as a file that `fedspine simulate` takes back."""
+        lines = ["# Complete configuration of a FedSpine run: `fedspine simulate config.toml` repeats it."]
+        for field in dataclasses.fields(self):
+            lines.append(f"# {field.metadata['key'].help}")
+            lines.append(f"{field.name} = {_toml(getattr(self, field.name))}")
+        return "\n".join(lines) + "\n"
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """Read a TOML file (or none) and lay `overrides` over it.
+
+    Errors: `ConfigError` when the file is absent, is no TOML, or holds wrong keys or values.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {path} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {path} cannot be read: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from None
+    return RunConfig.from_values({**values, **overrides})
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key=value` of the command line: the value is TOML, and plain words may go unquoted."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"-s {text!r}: write it as key=value, for example -s rounds=20")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
+    key: Key = field.metadata["key"]
+    name = field.name
+    if kind is tuple[str, ...] or kind == tuple[str, ...]:
+        items = tuple(value.split(",")) if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not items or not all(isinstance(item, str) for item in items):
+            raise ConfigError(f"{name} = {value!r}: must be a list of words, such as {_toml(field.default)}")
+        for item in items:
+            if item not in key.choices:
+                raise ConfigError(f"{name} = {value!r}: '{item}' must be one of {', '.join(key.choices)}")
+        return tuple(items)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{name} = {value!r}: must be {_KINDS[kind]}, such as {_toml(field.default)}")
+    if key.choices and value not in key.choices:
+        near = difflib.get_close_matches(value, key.choices, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(key.choices)}{hint}")
+    if key.minimum is not None and not value >= key.minimum:
+        raise ConfigError(f"{name} = {value}: must be at least {key.minimum:g}")
+    if key.maximum is not None and not value <= key.maximum:
+        raise ConfigError(f"{name} = {value}: must be at most {key.maximum:g}")
+    return value
+
+
+def _check_together(config: RunConfig) -> None:
+    if config.sampled > config.devices:
+        raise ConfigError(
+            f"sampled = {config.sampled}: more than devices = {config.devices}; sample at most as many as there are"
+        )
+    if config.min_rank > config.max_rank:
+        raise ConfigError(f"min_rank = {config.min_rank}: must not exceed max_rank = {config.max_rank}")
+    if not config.min_rank <= config.fixed_rank <= config.max_rank:
+        raise ConfigError(
+            f"fixed_rank = {config.fixed_rank}: must lie between min_rank = {config.min_rank} "
+            f"and max_rank = {config.max_rank}"
+        )
+    if config.warmup_ratio >= config.ramp_ratio:
+        raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)

@@ -1,0 +1,94 @@
+"""What a local round costs: training FLOPs, bytes on the wire, memory. One formula for client, server and clock.
+
+FLOPs follow the standard count for a transformer layer with frozen base weights and adapters: forward plus the
+gradient with respect to inputs is twice the forward; adapters add three times their own forward. Tokens are counted
+as `batch_size * max_length`, the static shape an edge runtime computes, so that a cost depends on the configuration
+alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedspine.structure import ModelShape, Structure
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Cost formulas of one run: the model's counts and the local round's size."""
+
+    shape: ModelShape
+    local_iterations: int
+    batch_size: int
+    length: int
+    """Tokens per sequence."""
+    score_bytes: int = 0
+    """Importance scores that a device uploads with its adapters."""
+
+    def iteration_flops(self, counts: tuple[tuple[float, float], ...], rank: int) -> float:
+        """Training FLOPs of one local iteration.
+
+        `counts`: kept (heads, channels) per layer; fractions are allowed for planning.
+        """
+        tokens = self.batch_size * self.length
+        shape = self.shape
+        ffn_matrices = round(shape.channel_parameters / shape.hidden)
+        projections = round(shape.head_parameters / (shape.hidden * shape.head_dim))
+        base = 0.0
+        adapters = 0.0
+        for heads, channels in counts:
+            width = heads * shape.head_dim
+            base += 2 * tokens * shape.hidden * (projections * width + ffn_matrices * channels)
+            base += 4 * tokens * self.length * width
+        for module in shape.modules:
+            heads, channels = counts[module.layer]
+            kept = heads * shape.head_dim if module.unit == "heads" else channels
+            other = module.d_in if module.axis == "rows" else module.d_out
+            adapters += 2 * tokens * rank * (kept + other)
+        return 2 * base + 3 * adapters
+
+    def round_flops(self, structure: Structure, rank: int) -> float:
+        """Training FLOPs of a local round on a cut model."""
+        return self.local_iterations * self.iteration_flops(structure.counts(), rank)
+
+    def planned_flops(self, ratio: float, rank: int) -> float:
+        """The same for a pruning ratio that is spread evenly over layers, heads and channels."""
+        return self.local_iterations * self.iteration_flops(self._even(ratio), rank)
+
+    def adapter_bytes(self, ratio: float, rank: int) -> float:
+        """Bytes of the float32 adapters and head at an evenly spread pruning ratio, one way."""
+        keep = 1.0 - ratio
+        total = 0.0
+        for module in self.shape.modules:
+            cut = (self.shape.heads * self.shape.head_dim if module.unit == "heads" else self.shape.channels) * keep
+            total += rank * (cut + (module.d_in if module.axis == "rows" else module.d_out))
+        return FLOAT_BYTES * total + self.shape.head_bytes
+
+    def planned_bytes(self, ratio: float, rank: int) -> float:
+        """Bytes both ways: adapters down and up, the structure, the scores up."""
+        structure = self.shape.layers * ((self.shape.heads + 7) // 8 + (self.shape.channels + 7) // 8)
+        return 2 * self.adapter_bytes(ratio, rank) + 2 * structure + self.score_bytes
+
+    def memory_bytes(self, structure: Structure, rank: int) -> float:
+        """Training memory: weights, adapters with gradient and two Adam moments, activations.
+
+        Activations per layer are about 17 values per token and hidden unit (scaled by what is kept), plus the
+        attention matrix of every kept head.
+        """
+        shape = self.shape
+        tokens = self.batch_size * self.length
+        cut = shape.prunable_parameters - structure.kept_parameters(shape)
+        weights = FLOAT_BYTES * (shape.total_parameters - cut)
+        keep = 1.0 - structure.sparsity(shape)
+        adapters = 4 * self.adapter_bytes(1.0 - keep, rank)
+        heads = sum(h for h, _ in structure.counts())
+        activations = FLOAT_BYTES * tokens * (
+            shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * self.length
+        )
+        return weights + adapters + activations
+
+    def _even(self, ratio: float) -> tuple[tuple[float, float], ...]:
+        keep = 1.0 - ratio
+        return ((self.shape.heads * keep, self.shape.channels * keep),) * self.shape.layers
