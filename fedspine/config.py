@@ -83,7 +83,7 @@ class RunConfig:
     # local training
     local_iterations: int = _key(20, "optimiser steps of a device in a round", min=1, max=100_000)
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
-    batch_size: int = _key(16, "examples per optimiser step", min=1, max=4096)
+    batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
     clip_norm: float = _key(1.0, "gradient norm bound of a device's step", min=1e-6, max=1e6)
     probe_examples: int = _key(32, "rows of a device's fixed probe batch for loss before and after", min=1, max=4096)
@@ -133,6 +133,16 @@ class RunConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
         _check_together(self)
+
+    @property
+    def uses_probe(self) -> bool:
+        """Only policies that predict times gain from a probe; the others are not charged for one."""
+        return self.probe and self.policy in ("fedspine", "time-model")
+
+    @property
+    def cuts_per_round(self) -> int:
+        """Cuts in a round: before iterations 0, K, 2K, ..., so that at least the last K iterations recover."""
+        return max(1, self.local_iterations // self.prune_interval)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -42,6 +42,7 @@ class Probe:
 
     seconds_per_flop: float
     seconds_per_byte: float
+    """Latency taken out: the difference between a small and an empty transfer."""
     seconds: float
     """What the measurement itself cost the device."""
     bytes: int

@@ -1,1 +1,1 @@
-
+"""Which (pruning ratio, LoRA rank) for which device: policies, reward, schedule. No torch, no Flower."""

@@ -1,0 +1,1 @@
+"""What runs on a device of a federation."""

@@ -1,0 +1,119 @@
+"""The server's state on disk: one safetensors file, replaced atomically after every round. No pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from safetensors.torch import safe_open
+
+from fedspine.config import RunConfig
+from fedspine.errors import CheckpointError
+from fedspine.federation import ServerState
+from fedspine.report.records import write_atomically
+from fedspine.structure import ModelShape, Structure
+from fedspine.types import Array, Scores
+
+FILE = "state.safetensors"
+_FORMAT = "fedspine-state-1"
+
+
+def save_state(directory: Path, config: RunConfig, state: ServerState) -> None:
+    """Write `directory`/state.safetensors; a crash leaves the previous file whole."""
+    tensors: dict[str, np.ndarray] = {}
+    for prefix, arrays in (("global", state.arrays), ("averaged", state.averaged)):
+        tensors |= {f"{prefix}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
+    devices = sorted(state.structures)
+    tensors["structure/consensus"] = _bits(state.consensus)
+    if devices:
+        tensors["structure/devices"] = np.stack([_bits(state.structures[device]) for device in devices])
+    tensors["structure/device-index"] = np.array(devices, dtype=np.int64)
+    if state.shared_scores is not None:
+        tensors |= _score_tensors("scores/shared", state.shared_scores)
+    for device, scores in state.own_scores.items():
+        tensors |= _score_tensors(f"scores/{device}", scores)
+    about = {"format": _FORMAT, "round": str(state.round), "config": config.to_json()}
+    write_atomically(directory / FILE, save(tensors, about))
+
+
+def load_state(directory: Path, config: RunConfig, shape: ModelShape) -> ServerState:
+    """Read what `save_state` wrote.
+
+    Errors: `CheckpointError` when there is none, it is torn, or it belongs to another configuration.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: this run has no checkpoint to continue from")
+    try:
+        with safe_open(path, framework="np") as file:
+            about: Mapping[str, str] = file.metadata() or {}
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if about.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is not a FedSpine checkpoint of format {_FORMAT}")
+    _check_same(path, json.loads(about["config"]), json.loads(config.to_json()))
+    devices = tensors["structure/device-index"]
+    return ServerState(
+        round=int(about["round"]),
+        arrays=_under("global/", tensors),
+        averaged=_under("averaged/", tensors),
+        consensus=_structure(tensors["structure/consensus"], shape),
+        structures={
+            int(device): _structure(bits, shape)
+            for device, bits in zip(devices, tensors.get("structure/devices", ()), strict=True)
+        },
+        shared_scores=_scores("scores/shared", tensors, shape),
+        own_scores={
+            int(device): scores
+            for device in devices
+            if (scores := _scores(f"scores/{device}", tensors, shape)) is not None
+        },
+    )
+
+
+def _check_same(path: Path, saved: dict[str, object], wanted: dict[str, object]) -> None:
+    for key in sorted(saved.keys() | wanted.keys()):
+        if saved.get(key) != wanted.get(key):
+            raise CheckpointError(
+                f"{path} belongs to another configuration: {key} = {saved.get(key)!r} there, {wanted.get(key)!r} here; "
+                "start a new run with --out, or restore the run's config.toml"
+            )
+
+
+def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+
+
+def _bits(structure: Structure) -> np.ndarray:
+    return np.frombuffer(b"".join((*structure.head_bits, *structure.channel_bits)), dtype=np.uint8)
+
+
+def _structure(bits: np.ndarray, shape: ModelShape) -> Structure:
+    data = bits.tobytes()
+    heads, channels = (shape.heads + 7) // 8, (shape.channels + 7) // 8
+    split = heads * shape.layers
+    return Structure(
+        heads=shape.heads,
+        channels=shape.channels,
+        head_bits=tuple(data[i * heads : (i + 1) * heads] for i in range(shape.layers)),
+        channel_bits=tuple(data[split + i * channels : split + (i + 1) * channels] for i in range(shape.layers)),
+    )
+
+
+def _score_tensors(prefix: str, scores: Scores) -> dict[str, np.ndarray]:
+    return {
+        f"{prefix}/heads": np.stack([heads for heads, _ in scores]),
+        f"{prefix}/channels": np.stack([channels for _, channels in scores]),
+    }
+
+
+def _scores(prefix: str, tensors: Mapping[str, np.ndarray], shape: ModelShape) -> Scores | None:
+    if f"{prefix}/heads" not in tensors:
+        return None
+    heads, channels = tensors[f"{prefix}/heads"], tensors[f"{prefix}/channels"]
+    return tuple((heads[layer], channels[layer]) for layer in range(shape.layers))

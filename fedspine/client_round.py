@@ -1,0 +1,243 @@
+"""The client's side of a round: cut, tune, score, cut again, recover, report. Pure functions of a request.
+
+The base model, the tokenizer and the encoded data stay in the process, keyed by the configuration, so that only
+adapters and structures travel. In a simulation one process stands in for many devices.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedspine.config import RunConfig
+from fedspine.cost import Workload
+from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
+from fedspine.data.partition import partition_rows
+from fedspine.data.task import TextTask, load_task
+from fedspine.devices.clock import VirtualMeter, device_state
+from fedspine.devices.population import Population, load_population
+from fedspine.lora.adapters import nbytes
+from fedspine.lora.resident import ResidentModel, update_norm
+from fedspine.model import load_model
+from fedspine.pruning.importance import SCORERS
+from fedspine.pruning.scoreboard import blend
+from fedspine.pruning.select import select
+from fedspine.randomness import Purpose, generator
+from fedspine.structure import ModelShape, Structure
+from fedspine.training import LocalOptimizer, batch_loss, evaluate, tune
+from fedspine.types import (
+    OUT_OF_MEMORY,
+    TRAINED,
+    EvaluateReply,
+    EvaluateRequest,
+    Probe,
+    ProbeRequest,
+    Report,
+    Scores,
+    TrainReply,
+    TrainRequest,
+)
+
+PROBE_BYTES = 32_768
+"""Payload of an in-round probe, each way."""
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """All that stays in a process for one configuration."""
+
+    config: RunConfig
+    task: TextTask
+    train: Encoded
+    test: Encoded
+    rows: tuple[NDArray[np.int64], ...]
+    """Rows of the training set by device."""
+    resident: ResidentModel
+    population: Population
+    pad_id: int
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.resident.shape
+
+    @property
+    def workload(self) -> Workload:
+        return workload_of(self.config, self.shape)
+
+
+def workload_of(config: RunConfig, shape: ModelShape) -> Workload:
+    """The cost formulas of a run."""
+    scores = 4 * shape.layers * (shape.heads + shape.channels) if config.target_sparsity > 0 else 0
+    return Workload(shape, config.local_iterations, config.batch_size, config.max_length, scores)
+
+
+def configure_threads(threads: int) -> None:
+    """Torch threads of this process: matrix products differ in their last bit between thread counts."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def workbench(settings: str) -> Workbench:
+    """Load model and data for a configuration (JSON) once per process.
+
+    Errors: `DataError`, `ModelError`, `PopulationError`.
+    """
+    config = RunConfig.from_json(settings)
+    configure_threads(config.threads)
+    task = load_task(config)
+    population = load_population(config.population, config.devices)
+    rows = partition_rows(task, config)
+    model, tokenizer, family = load_model(config, len(task.classes))
+    resident = ResidentModel(model, family, config.lora_targets, config.max_rank, config.lora_scale)
+    return Workbench(
+        config=config,
+        task=task,
+        train=encode(tokenizer, task.train, config.max_length),
+        test=encode(tokenizer, task.test, config.max_length),
+        rows=rows,
+        resident=resident,
+        population=population,
+        pad_id=tokenizer.pad_token_id or 0,
+    )
+
+
+def train(request: TrainRequest) -> TrainReply:
+    """A device's local round. Out of memory is an outcome, not an error."""
+    bench = workbench(request.settings)
+    started = time.perf_counter()
+    config = bench.config
+    configure_threads(config.threads)
+    rows = bench.rows[request.device]
+    meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
+    needed = bench.workload.memory_bytes(request.structure, request.action.lora_rank)
+    download = nbytes(request.arrays) + request.structure.nbytes + scores_nbytes(request.scores)
+    report = Report(
+        TRAINED,
+        examples=len(rows),
+        download_bytes=download,
+        download_seconds=meter.download_seconds(download),
+        peak_memory_bytes=int(needed),
+    )
+    if meter.out_of_memory(needed):
+        message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
+        failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
+        return TrainReply(request.device, failed, request.structure, {}, None)
+    return _tuned(request, bench, bench.train.take(rows), meter, report, started)
+
+
+def _tuned(
+    request: TrainRequest, bench: Workbench, data: Encoded, meter: VirtualMeter, report: Report, started: float
+) -> TrainReply:
+    config, resident, round = bench.config, bench.resident, request.round
+    resident.mount(request.structure, request.arrays)
+    probe = _probe_batch(config, data, request.device, bench.pad_id)
+    loss_before = _loss(resident, probe)
+    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
+    scorer = SCORERS[config.importance](resident, config.seed) if config.target_sparsity > 0 else None
+    flops = 0.0
+
+    def before_step(iteration: int) -> None:
+        nonlocal flops
+        if iteration and iteration % config.prune_interval == 0:
+            ratio = _cut_ratio(request, config, iteration // config.prune_interval, resident.shape)
+            if ratio is not None and scorer is not None and request.scores is not None:
+                scores = request.scores if config.masks == "shared" else blend(scorer.scores(), request.scores, 5)
+                optimizer.cut(select(resident.structure, scores, ratio, resident.shape))
+        flops += bench.workload.iteration_flops(resident.structure.counts(), request.action.lora_rank)
+
+    rng = generator(config.seed, round, request.device, Purpose.BATCHES)
+    batches = training_batches(data, config.batch_size, config.local_iterations, rng, bench.pad_id)
+    try:
+        tune(resident, optimizer, batches, scorer.observe if scorer else _nothing, before_step)
+        scores = scorer.scores() if scorer else None
+    finally:
+        if scorer:
+            scorer.close()
+    arrays = resident.arrays()
+    structure = resident.structure
+    upload = nbytes(arrays) + structure.nbytes + scores_nbytes(scores)
+    loss_after = _loss(resident, probe)
+    start = _sliced(request, resident)
+    report = replace(
+        report,
+        compute_seconds=meter.compute_seconds(flops, config.local_iterations),
+        upload_bytes=upload,
+        upload_seconds=meter.upload_seconds(upload),
+        loss_before=loss_before,
+        loss_after=loss_after,
+        update_norm=update_norm(start, arrays, resident.shape, config.lora_scale),
+        wall_seconds=time.perf_counter() - started,
+    )
+    return TrainReply(request.device, report, structure, arrays, scores)
+
+
+def probe(request: ProbeRequest) -> Probe:
+    """Time one local iteration and a small transfer, before the configuration of the round is fixed."""
+    bench = workbench(request.settings)
+    config = bench.config
+    meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
+    flops = bench.workload.iteration_flops(request.structure.counts(), request.lora_rank)
+    compute = meter.compute_seconds(flops, 1)
+    empty = meter.download_seconds(0) + meter.upload_seconds(0)
+    transfer = meter.download_seconds(PROBE_BYTES) + meter.upload_seconds(PROBE_BYTES)
+    return Probe(
+        seconds_per_flop=compute / flops,
+        seconds_per_byte=(transfer - empty) / (2 * PROBE_BYTES),
+        seconds=compute + transfer,
+        bytes=2 * PROBE_BYTES,
+    )
+
+
+def evaluate_device(request: EvaluateRequest) -> EvaluateReply:
+    """Accuracy of a device's own cut model with the given adapters, on the evaluation set."""
+    bench = workbench(request.settings)
+    configure_threads(bench.config.threads)
+    bench.resident.mount(request.structure, request.arrays, merge=True)
+    accuracy, loss, _ = evaluate(bench.resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id))
+    return EvaluateReply(request.device, len(bench.test), accuracy, loss)
+
+
+def scores_nbytes(scores: Scores | None) -> int:
+    return 0 if scores is None else sum(part.nbytes for layer in scores for part in layer)
+
+
+def _probe_batch(config: RunConfig, data: Encoded, device: int, pad_id: int) -> Batch:
+    """A device's fixed, class-balanced probe batch: one-label mini-batches would mostly measure label skew."""
+    rng = generator(config.seed, 0, device, Purpose.PROBE_BATCH)
+    rows = balanced_sample(data.labels, config.probe_examples, rng)
+    return next(iter(evaluation_batches(data.take(rows), len(rows), pad_id)))
+
+
+def _loss(resident: ResidentModel, batch: Batch) -> float:
+    with torch.inference_mode():
+        return float(batch_loss(resident, batch))
+
+
+def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelShape) -> float | None:
+    """Ratio to reach at the round's cut number `cut` (the server made number 0), or None when there is none."""
+    cuts = config.cuts_per_round
+    if cut >= cuts:
+        return None
+    start = request.structure.sparsity(shape)
+    return start + cut / (cuts - 1) * max(0.0, request.action.pruning_ratio - start)
+
+
+def _sliced(request: TrainRequest, resident: ResidentModel) -> dict[str, NDArray[np.float32]]:
+    """The adapters that were received, on the structure that the device ended with."""
+    trained, structure = resident.structure, request.structure
+    if trained == structure:
+        return dict(request.arrays)
+    resident.mount(structure, request.arrays)
+    resident.cut(trained)
+    return resident.arrays()
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,101 @@
+"""The seam between the round and whoever decides it.
+
+A policy knows the tuple of past pulls and nothing else: `suggest` replays them and never changes state, so there is
+nothing to save, and a crashed round is planned again to the same plan. To add a policy, write a file with a class that
+has `suggest` and name it in `make_policy`; the suite in `tests/controller` runs every one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fedspine.config import RunConfig
+from fedspine.cost import Workload
+from fedspine.errors import ConfigError
+from fedspine.types import OUT_OF_MEMORY, Action, Candidate, Pull
+
+Oracle = Callable[[int, int, float, int], float]
+"""(round, device, pruning ratio, rank) to the true seconds: what only a simulator knows."""
+
+
+class Policy(Protocol):
+    """Chooses an action for every sampled device."""
+
+    def suggest(
+        self, round: int, candidates: Sequence[Candidate], pulls: Sequence[Pull], key: tuple[int, ...]
+    ) -> tuple[Action, ...]:
+        """One action per candidate, within its bounds. Pure: `key` seeds whatever is drawn."""
+
+
+def rank_grid(min_rank: int, max_rank: int) -> tuple[int, ...]:
+    """Powers of two from `min_rank` up, and `max_rank`."""
+    ranks = []
+    rank = min_rank
+    while rank < max_rank:
+        ranks.append(rank)
+        rank *= 2
+    return (*ranks, max_rank)
+
+
+def feasible(candidates: Sequence[Candidate], pulls: Sequence[Pull]) -> tuple[Candidate, ...]:
+    """Drop ranks at which a device has run out of memory, at this ratio or a higher one; the smallest always stays."""
+    lost: dict[int, list[Action]] = {}
+    for pull in pulls:
+        if pull.report.outcome == OUT_OF_MEMORY:
+            lost.setdefault(pull.device, []).append(pull.action)
+    return tuple(
+        _without(candidate, lost[candidate.device]) if candidate.device in lost else candidate
+        for candidate in candidates
+    )
+
+
+def _without(candidate: Candidate, lost: Sequence[Action]) -> Candidate:
+    ranks = [
+        rank
+        for rank in candidate.ranks
+        if not any(rank >= action.lora_rank and candidate.max_ratio <= action.pruning_ratio + 1e-9 for action in lost)
+    ]
+    return Candidate(
+        candidate.device,
+        candidate.max_ratio,  # cut as far as the round allows: a smaller model needs less
+        candidate.max_ratio,
+        tuple(ranks) or candidate.ranks[:1],
+        candidate.probe,
+    )
+
+
+class _Feasible:
+    """Any policy, with what ran out of memory left out."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def suggest(
+        self, round: int, candidates: Sequence[Candidate], pulls: Sequence[Pull], key: tuple[int, ...]
+    ) -> tuple[Action, ...]:
+        return self._policy.suggest(round, feasible(candidates, pulls), pulls, key)
+
+
+def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = None) -> Policy:
+    """The policy that the configuration names.
+
+    Errors: `ConfigError` when the clairvoyant policy is asked for without a simulator's oracle.
+    """
+    from fedspine.controller.joint import Clairvoyant, FedSpinePolicy, TimeModelPolicy
+    from fedspine.controller.s_ucb import SUcbPolicy
+    from fedspine.controller.simple import FixedPolicy, RandomPolicy
+
+    safe = config.fixed_rank
+    if config.policy == "clairvoyant":
+        if oracle is None:
+            raise ConfigError("policy = 'clairvoyant': it knows the true times, so it runs in simulations only")
+        return _Feasible(Clairvoyant(oracle))
+    policies: dict[str, Callable[[], Policy]] = {
+        "fedspine": lambda: FedSpinePolicy(workload, safe),
+        "time-model": lambda: TimeModelPolicy(workload, safe),
+        "s-ucb": lambda: SUcbPolicy(config.target_sparsity, rank_grid(config.min_rank, config.max_rank)),
+        "fixed": lambda: FixedPolicy(safe),
+        "random": RandomPolicy,
+    }
+    return _Feasible(policies[config.policy]())

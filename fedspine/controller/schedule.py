@@ -1,0 +1,42 @@
+"""When the sparsity rises: a floor for everybody, and how far ahead of it a policy may prune."""
+
+from __future__ import annotations
+
+from fedspine.config import RunConfig
+
+
+def floor_ratio(config: RunConfig, round: int) -> float:
+    """Share of prunable parameters that every device of the round has to have cut (`round` counts from 1).
+
+    Cubic ramp (LoRAPrune, arXiv 2305.18403; APT, arXiv 2401.12200) from 0 after the warm-up to the target at
+    `ramp_ratio` of the rounds; `one-shot` jumps to the target after the warm-up.
+    """
+    begin = warmup_rounds(config)
+    end = max(begin + 1, round_up(config.ramp_ratio * config.rounds))
+    if round <= begin:
+        return 0.0
+    if config.schedule == "one-shot" or round >= end:
+        return config.target_sparsity
+    left = 1.0 - (round - begin) / (end - begin)
+    return config.target_sparsity * (1.0 - left**3)
+
+
+def allowed_range(config: RunConfig, round: int, current: float) -> tuple[float, float]:
+    """(smallest, largest) ratio that a device with `current` may be given in a round.
+
+    A ratio is a sparsity to reach, monotone per device and capped at the target; nobody may be pruned more than
+    `max_step_ratio` in one round unless the floor demands it, so that one exploratory draw cannot jump to the target.
+    """
+    if round <= warmup_rounds(config):
+        return current, current
+    lowest = max(current, floor_ratio(config, round))
+    return lowest, max(lowest, min(config.target_sparsity, current + config.max_step_ratio))
+
+
+def warmup_rounds(config: RunConfig) -> int:
+    """Rounds before the first cut: at least one, because importance has to be measured first."""
+    return max(1, int(config.warmup_ratio * config.rounds))
+
+
+def round_up(value: float) -> int:
+    return int(-(-value // 1))

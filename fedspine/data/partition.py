@@ -1,0 +1,105 @@
+"""Who has which rows, by the partitioners of flwr-datasets."""
+
+from __future__ import annotations
+
+import numpy as np
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner, ShardPartitioner
+from numpy.typing import NDArray
+
+from fedspine.config import RunConfig
+from fedspine.data.task import TextTask
+from fedspine.errors import ConfigError, DataError
+
+OWNER = "writer"
+"""Column that names a row's owner in the embedded task."""
+REDRAWS = 100
+SHARDS_PER_DEVICE = 2
+
+Rows = NDArray[np.int64]
+
+
+def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
+    """Sorted rows of the training set, one array per device.
+
+    `auto` is `column:writer` where the task has that column and `dirichlet` elsewhere. With more values than devices,
+    `column:NAME` deals the sorted values out in turn. A Dirichlet draw that leaves a device short is drawn again.
+
+    Errors: `DataError` when a device has no rows or too few classes; `ConfigError` for an unknown partition.
+    """
+    kind = config.partition
+    if kind == "auto":
+        kind = f"column:{OWNER}" if OWNER in task.train else "dirichlet"
+    labels = task.train["label"].to_numpy()
+    if kind.startswith("column:"):
+        parts = _by_column(task, kind.removeprefix("column:"), config)
+    elif kind == "iid":
+        parts = _drawn(IidPartitioner(config.devices), labels, config.seed)
+    elif kind == "shards":
+        shards = ShardPartitioner(
+            config.devices, "label", num_shards_per_partition=SHARDS_PER_DEVICE, seed=config.seed
+        )
+        parts = _drawn(shards, labels)
+    elif kind == "dirichlet":
+        for attempt in range(REDRAWS):
+            seed = config.seed + 1_000_003 * attempt
+            parts = _drawn(
+                DirichletPartitioner(
+                    config.devices, "label", alpha=config.dirichlet_alpha, min_partition_size=0, seed=seed
+                ),
+                labels,
+            )
+            if _short(parts, labels, config) is None:
+                break
+    else:
+        raise ConfigError(f"partition = '{kind}': must be auto, iid, dirichlet, shards or column:NAME")
+    _check(parts, labels, task, config)
+    return parts
+
+
+def _drawn(partitioner: Partitioner, labels: NDArray[np.int64], shuffle: int | None = None) -> tuple[Rows, ...]:
+    order = np.arange(len(labels)) if shuffle is None else np.random.default_rng([shuffle, 13]).permutation(len(labels))
+    partitioner.dataset = Dataset.from_dict({"row": order, "label": labels[order]})
+    return tuple(
+        np.sort(np.asarray(partitioner.load_partition(device)["row"], dtype=np.int64))
+        for device in range(partitioner.num_partitions)
+    )
+
+
+def _by_column(task: TextTask, name: str, config: RunConfig) -> tuple[Rows, ...]:
+    if name not in task.train:
+        raise DataError(
+            f"partition = 'column:{name}': the data has no such column; it has {', '.join(map(str, task.train.columns))}"
+        )
+    owners = task.train[name].astype(str).to_numpy()
+    values = sorted(set(owners))
+    if len(values) < config.devices:
+        raise DataError(
+            f"partition = 'column:{name}': {len(values)} values for devices = {config.devices}; "
+            f"use at most {len(values)} devices"
+        )
+    device_of = {value: index % config.devices for index, value in enumerate(values)}
+    device = np.array([device_of[owner] for owner in owners])
+    return tuple(np.flatnonzero(device == index) for index in range(config.devices))
+
+
+def _short(parts: tuple[Rows, ...], labels: NDArray[np.int64], config: RunConfig) -> int | None:
+    """The first device without rows or with too few classes."""
+    for device, rows in enumerate(parts):
+        if len(rows) == 0 or len(np.unique(labels[rows])) < config.min_classes:
+            return device
+    return None
+
+
+def _check(parts: tuple[Rows, ...], labels: NDArray[np.int64], task: TextTask, config: RunConfig) -> None:
+    device = _short(parts, labels, config)
+    if device is None:
+        return
+    remedy = "use fewer devices, a larger dirichlet_alpha or another partition"
+    if len(parts[device]) == 0:
+        raise DataError(f"partition = '{config.partition}': device {device} has no rows; {remedy}")
+    present = ", ".join(f"'{task.classes[label]}'" for label in np.unique(labels[parts[device]]))
+    raise DataError(
+        f"partition = '{config.partition}': device {device} has {len(parts[device])} rows of only {present}, "
+        f"min_classes = {config.min_classes}; {remedy}, or set min_classes = 1 to allow it"
+    )

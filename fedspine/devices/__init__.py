@@ -1,0 +1,1 @@
+"""The simulated devices: their catalogue and the virtual clock. No torch, no Flower."""

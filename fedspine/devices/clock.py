@@ -1,0 +1,75 @@
+"""The virtual clock: what a simulated device's local round takes, as a pure function of seed, device and round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from fedspine.devices.population import Population
+
+_TYPE, _MODE, _LINK, _JITTER = 101, 102, 103, 104
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """A device's conditions in one round."""
+
+    type_name: str
+    flops_per_second: float
+    iteration_seconds: float
+    download_bytes_per_second: float
+    upload_bytes_per_second: float
+    latency_seconds: float
+    memory_bytes: float
+    jitter: float
+    """Factor on compute time."""
+
+
+def device_state(population: Population, seed: int, device: int, round: int) -> DeviceState:
+    """Conditions of a device in a round: the power mode lasts `mode_rounds` rounds, links and jitter one."""
+    kind = population.types[_type_indices(population, seed)[device]]
+    epoch = (round - 1) // population.mode_rounds
+    mode = kind.modes[int(np.random.default_rng([seed, epoch, device, _MODE]).integers(len(kind.modes)))]
+    link = np.random.default_rng([seed, round, device, _LINK])
+    group = int(np.random.default_rng([seed, device, _LINK]).integers(len(population.download_mbps)))
+    down, up = np.exp(population.bandwidth_sigma * link.standard_normal(2))
+    noise = np.random.default_rng([seed, round, device, _JITTER]).standard_normal()
+    return DeviceState(
+        type_name=kind.name,
+        flops_per_second=kind.gflops * 1e9 * mode,
+        iteration_seconds=kind.iteration_ms / 1e3,
+        download_bytes_per_second=population.download_mbps[group] * down * 1e6 / 8,
+        upload_bytes_per_second=population.upload_mbps[group] * up * 1e6 / 8,
+        latency_seconds=population.latency_ms / 1e3,
+        memory_bytes=kind.memory_mb * 1e6,
+        jitter=float(np.exp(population.jitter * noise)),
+    )
+
+
+@dataclass(frozen=True)
+class VirtualMeter:
+    """Seconds that a device would have needed."""
+
+    state: DeviceState
+
+    def compute_seconds(self, flops: float, iterations: int) -> float:
+        busy = flops / self.state.flops_per_second + iterations * self.state.iteration_seconds
+        return busy * self.state.jitter
+
+    def download_seconds(self, nbytes: float) -> float:
+        return self.state.latency_seconds + nbytes / self.state.download_bytes_per_second
+
+    def upload_seconds(self, nbytes: float) -> float:
+        return self.state.latency_seconds + nbytes / self.state.upload_bytes_per_second
+
+    def out_of_memory(self, nbytes: float) -> bool:
+        return nbytes > self.state.memory_bytes
+
+
+@lru_cache(maxsize=8)
+def _type_indices(population: Population, seed: int) -> tuple[int, ...]:
+    """Type of every device: the catalogue's counts in a seeded order."""
+    indices = np.repeat(np.arange(len(population.types)), [kind.count for kind in population.types])
+    return tuple(int(index) for index in np.random.default_rng([seed, _TYPE]).permutation(indices))

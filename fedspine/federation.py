@@ -1,0 +1,342 @@
+"""The loop: plan a round, exchange it with the devices, finish it. Source: FedSpine (arXiv 2501.02438), its workflow.
+
+1. `plan_round` samples devices, asks the policy for each one's (pruning ratio, rank), cuts its structure to the
+   round's first step and narrows the global adapters to it.
+2. The exchange carries the requests to the devices and their replies back.
+3. `finish_round` aggregates in device order, merges importance, rewards the policy's choices and advances the clock.
+
+Nothing here knows torch, Flower or the simulator: the exchange, the policy and the evaluation are handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from fedspine.aggregation import RULES, Update
+from fedspine.aggregation.product import average
+from fedspine.config import RunConfig
+from fedspine.controller.policy import Policy, rank_grid
+from fedspine.controller.reward import reward_pulls
+from fedspine.controller.schedule import allowed_range, floor_ratio
+from fedspine.cost import Workload
+from fedspine.errors import FederationError
+from fedspine.lora.adapters import narrow
+from fedspine.pruning.scoreboard import pruning_scores, update_own, update_shared
+from fedspine.pruning.select import select
+from fedspine.randomness import Purpose, generator
+from fedspine.report.observer import Observer
+from fedspine.structure import ModelShape, Structure
+from fedspine.types import (
+    TRAINED,
+    Action,
+    Arrays,
+    Candidate,
+    EvaluateReply,
+    EvaluateRequest,
+    Probe,
+    ProbeRequest,
+    Pull,
+    RoundRecord,
+    Scores,
+    TrainReply,
+    TrainRequest,
+)
+
+
+class Exchange(Protocol):
+    """Carries requests to devices. Replies come back in the order of the requests."""
+
+    def probe(self, requests: Sequence[ProbeRequest]) -> list[Probe]: ...
+
+    def train(self, requests: Sequence[TrainRequest], on_reply: Callable[[TrainReply], None]) -> list[TrainReply]: ...
+
+    def evaluate(
+        self, requests: Sequence[EvaluateRequest], on_reply: Callable[[EvaluateReply], None]
+    ) -> list[EvaluateReply]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of one model on the evaluation set."""
+
+    accuracy: float
+    loss: float
+    predicted_share: float
+    """Share of the examples that went to the most predicted class."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server keeps between rounds, besides the records. Saved after every round."""
+
+    round: int
+    """Rounds finished."""
+    arrays: Arrays
+    """Global adapters in full coordinates at the largest rank, and the head."""
+    averaged: Arrays
+    """Moving average of the global adapters over rounds, in product space: what devices get to keep."""
+    consensus: Structure
+    """The server's own structure, at the sparsity floor: the global model that is evaluated."""
+    structures: dict[int, Structure] = field(default_factory=dict)
+    """By device; a device that was never cut is absent."""
+    shared_scores: Scores | None = None
+    own_scores: dict[int, Scores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What a run is made of."""
+
+    config: RunConfig
+    shape: ModelShape
+    workload: Workload
+    policy: Policy
+    exchange: Exchange
+    evaluate: Callable[[Structure, Arrays], Evaluation]
+    """Accuracy of the model cut to a structure, with adapters in full coordinates."""
+    observer: Observer
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One round before it is sent."""
+
+    round: int
+    floor: float
+    requests: tuple[TrainRequest, ...]
+    ratios_before: tuple[float, ...]
+    probes: tuple[Probe | None, ...]
+
+
+def run_rounds(
+    federation: Federation,
+    state: ServerState,
+    records: Sequence[RoundRecord],
+    save: Callable[[ServerState, RoundRecord], None],
+) -> tuple[ServerState, tuple[RoundRecord, ...]]:
+    """Run what is left of the federation; `save` is called after every round, before the next begins."""
+    history = list(records)
+    for round in range(state.round + 1, federation.config.rounds + 1):
+        started = time.perf_counter()
+        plan = plan_round(federation, state, history, round)
+        federation.observer.round_started(round, [request.device for request in plan.requests])
+        replies = federation.exchange.train(
+            plan.requests,
+            lambda reply, r=round: federation.observer.device_done(r, reply.device, reply.report.outcome),  # type: ignore[misc]
+        )
+        state, record = finish_round(federation, state, history, plan, replies)
+        record = evaluate_round(federation, state, record, started)
+        save(state, record)
+        history.append(record)
+        federation.observer.round_done(record)
+    return state, tuple(history)
+
+
+def plan_round(
+    federation: Federation, state: ServerState, records: Sequence[RoundRecord], round: int
+) -> RoundPlan:
+    """Sample devices and decide what each one does. The same state and records give the same plan."""
+    config, shape = federation.config, federation.shape
+    devices = sample_devices(config, round)
+    structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
+    before = [structure.sparsity(shape) for structure in structures]
+    probes = _probe(federation, round, devices, structures)
+    ranks = rank_grid(config.min_rank, config.max_rank)
+    candidates = []
+    for device, ratio, probe in zip(devices, before, probes, strict=True):
+        low, high = allowed_range(config, round, ratio) if state.shared_scores else (ratio, ratio)
+        candidates.append(Candidate(device, low, high, ranks, probe))
+    pulls = [pull for record in records for pull in record.pulls]
+    key = (config.seed, round, 0, int(Purpose.POLICY))
+    actions = federation.policy.suggest(round, candidates, pulls, key)
+    took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)
+    requests = tuple(
+        _request(federation, state, round, device, action, structure, took_part[device])
+        for device, action, structure in zip(devices, actions, structures, strict=True)
+    )
+    return RoundPlan(round, floor_ratio(config, round), requests, tuple(before), tuple(probes))
+
+
+def finish_round(
+    federation: Federation,
+    state: ServerState,
+    records: Sequence[RoundRecord],
+    plan: RoundPlan,
+    replies: Sequence[TrainReply],
+) -> tuple[ServerState, RoundRecord]:
+    """Aggregate, merge importance, reward, advance the clock.
+
+    Errors: `FederationError` when fewer devices than the quorum trained.
+    """
+    config, shape = federation.config, federation.shape
+    trained = [reply for reply in replies if reply.report.outcome == TRAINED]
+    _check_quorum(config, plan, replies, len(trained))
+    updates = [Update(float(reply.report.examples), reply.structure, reply.arrays) for reply in trained]
+    arrays = RULES[config.aggregation](state.arrays, updates, shape)
+    averaged = average(state.averaged, arrays, config.average_decay, shape) if state.round else arrays
+    scored = [(reply.device, reply.structure, reply.scores) for reply in trained if reply.scores is not None]
+    shared = update_shared(state.shared_scores, [(structure, scores) for _, structure, scores in scored])
+    own = dict(state.own_scores)
+    if config.masks != "shared":
+        own |= {device: update_own(own.get(device), scores) for device, _, scores in scored}
+    consensus = state.consensus
+    if shared is not None and plan.floor > 0:
+        consensus = select(consensus, shared, plan.floor, shape)
+    new_state = ServerState(
+        round=plan.round,
+        arrays=arrays,
+        averaged=averaged,
+        consensus=consensus,
+        structures=state.structures | {reply.device: reply.structure for reply in trained},
+        shared_scores=shared,
+        own_scores=own,
+    )
+    return new_state, _record(federation, records, plan, replies)
+
+
+def evaluate_round(
+    federation: Federation, state: ServerState, record: RoundRecord, started: float
+) -> RoundRecord:
+    """Add the accuracy of the global model, when the round is one to evaluate, and the round's wall time."""
+    config = federation.config
+    if record.round % config.eval_every == 0 or record.round in (1, config.rounds):
+        now = federation.evaluate(state.consensus, state.arrays)
+        smooth = federation.evaluate(state.consensus, state.averaged)
+        record = replace(
+            record,
+            accuracy=now.accuracy,
+            loss=now.loss,
+            predicted_share=now.predicted_share,
+            smoothed_accuracy=smooth.accuracy,
+        )
+    return replace(record, wall={"seconds": time.perf_counter() - started})
+
+
+def prune_everyone(federation: Federation, state: ServerState, records: Sequence[RoundRecord]) -> ServerState:
+    """Cut every device that is not there yet to the target: also those that were never sampled."""
+    config, shape = federation.config, federation.shape
+    if config.target_sparsity == 0 or state.shared_scores is None:
+        return state
+    took_part = Counter(
+        pull.device for record in records for pull in record.pulls if pull.report.outcome == TRAINED
+    )
+    structures = {}
+    for device in range(config.devices):
+        scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, took_part[device])
+        structure = state.structures.get(device, Structure.full(shape))
+        structures[device] = select(structure, scores or state.shared_scores, config.target_sparsity, shape)
+    consensus = select(state.consensus, state.shared_scores, config.target_sparsity, shape)
+    return replace(state, structures=structures, consensus=consensus)
+
+
+def evaluate_devices(federation: Federation, state: ServerState) -> list[EvaluateReply]:
+    """Every device's own cut model with the averaged adapters, at the server's rank; replies by device.
+
+    The evaluation set is the same for all, so devices that keep the same structure are evaluated once.
+    """
+    config, shape = federation.config, federation.shape
+    structures = [state.structures.get(device, Structure.full(shape)) for device in range(config.devices)]
+    first = {structure: device for device, structure in reversed(list(enumerate(structures)))}
+    requests = [
+        EvaluateRequest(
+            state.round, device, structure, narrow(state.averaged, structure, config.max_rank, shape), config.to_json()
+        )
+        for structure, device in first.items()
+    ]
+    done = 0
+
+    def count(_: EvaluateReply) -> None:
+        nonlocal done
+        done += 1
+        federation.observer.evaluating(done, len(requests))
+
+    replies = dict(zip(first, federation.exchange.evaluate(requests, count), strict=True))
+    return [replace(replies[structure], device=device) for device, structure in enumerate(structures)]
+
+
+def sample_devices(config: RunConfig, round: int) -> list[int]:
+    """The round's devices, without replacement, in ascending order."""
+    rng = generator(config.seed, round, 0, Purpose.SAMPLE_DEVICES)
+    return sorted(int(device) for device in rng.choice(config.devices, config.sampled, replace=False))
+
+
+def _probe(
+    federation: Federation, round: int, devices: Sequence[int], structures: Sequence[Structure]
+) -> Sequence[Probe | None]:
+    config = federation.config
+    if not config.uses_probe:
+        return [None] * len(devices)
+    return federation.exchange.probe(
+        [
+            ProbeRequest(round, device, structure, config.fixed_rank, config.to_json())
+            for device, structure in zip(devices, structures, strict=True)
+        ]
+    )
+
+
+def _request(
+    federation: Federation,
+    state: ServerState,
+    round: int,
+    device: int,
+    action: Action,
+    structure: Structure,
+    participations: int,
+) -> TrainRequest:
+    config, shape = federation.config, federation.shape
+    scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, participations)
+    if scores is not None:
+        before = structure.sparsity(shape)
+        first = before + (action.pruning_ratio - before) / config.cuts_per_round
+        structure = select(structure, scores, first, shape)
+    return TrainRequest(
+        round=round,
+        device=device,
+        action=action,
+        structure=structure,
+        arrays=narrow(state.arrays, structure, action.lora_rank, shape),
+        scores=scores if config.cuts_per_round > 1 else None,
+        settings=config.to_json(),
+    )
+
+
+def _check_quorum(config: RunConfig, plan: RoundPlan, replies: Sequence[TrainReply], trained: int) -> None:
+    needed = max(1, round(config.quorum * len(plan.requests)))
+    if trained >= needed:
+        return
+    lost = [reply.report for reply in replies if reply.report.outcome != TRAINED]
+    first = f"the first said: {lost[0].outcome}: {lost[0].message}" if lost else "the others did not reply"
+    raise FederationError(
+        f"round {plan.round}: {trained} of {len(plan.requests)} devices finished, quorum = {config.quorum} needs "
+        f"{needed}; {first}"
+    )
+
+
+def _record(
+    federation: Federation, records: Sequence[RoundRecord], plan: RoundPlan, replies: Sequence[TrainReply]
+) -> RoundRecord:
+    config, shape = federation.config, federation.shape
+    pulls = []
+    for request, reply, before, probe in zip(plan.requests, replies, plan.ratios_before, plan.probes, strict=True):
+        trained = reply.report.outcome == TRAINED
+        after = reply.structure.sparsity(shape) if trained else before
+        flops = federation.workload.planned_flops(after, request.action.lora_rank)
+        pulls.append(Pull(plan.round, request.device, request.action, before, after, reply.report, flops, probe))
+    past = [pull for record in records for pull in record.pulls]
+    rewarded = reward_pulls(config.reward, config.target_sparsity, past, pulls)
+    times = [pull.report.seconds + (pull.probe.seconds if pull.probe else 0.0) for pull in pulls]
+    slowest = max(times)
+    return RoundRecord(
+        round=plan.round,
+        floor_ratio=plan.floor,
+        pulls=tuple(rewarded),
+        round_seconds=slowest,
+        clock_seconds=(records[-1].clock_seconds if records else 0.0) + slowest,
+        waiting_seconds=sum(slowest - seconds for seconds in times) / len(times),
+        uploaded_bytes=sum(pull.report.upload_bytes for pull in pulls),
+        downloaded_bytes=sum(pull.report.download_bytes + (pull.probe.bytes if pull.probe else 0) for pull in pulls),
+    )

@@ -1,0 +1,119 @@
+"""The Flower `ClientApp`: a thin shell around three pure functions of a request.
+
+An error that a person caused (`FedSpineError`) travels back as itself and ends the run. Any other becomes one line,
+and the server counts the device as failed; the whole traceback goes to the log of the device at level INFO.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+import fedspine
+from fedspine.errors import FederationError, FedSpineError
+from fedspine.flower import records
+from fedspine.types import EvaluateReply, EvaluateRequest, Probe, ProbeRequest, TrainReply, TrainRequest
+
+IDENTIFY = "query.identify"
+PROBE = "query.probe"
+TRAIN = "train"
+EVALUATE = "evaluate"
+"""The message types that the app answers."""
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+
+
+def make_client_app(
+    train: Callable[[TrainRequest], TrainReply],
+    probe: Callable[[ProbeRequest], Probe],
+    evaluate: Callable[[EvaluateRequest], EvaluateReply],
+) -> ClientApp:
+    """The app of a device. Which device it is comes from `partition-id` of its node configuration."""
+    app = ClientApp()
+    # Ray pickles these functions by value: `root` is where the server's process found the package.
+    root = package_root()
+
+    @app.query("identify")
+    def on_identify(message: Message, context: Context) -> Message:
+        return _answer(message, lambda _: identity(context, root), lambda device: device, records.pack_identity)
+
+    @app.query("probe")
+    def on_probe(message: Message, context: Context) -> Message:
+        return _answer(message, records.unpack_probe_request, probe, records.pack_probe)
+
+    @app.train()
+    def on_train(message: Message, context: Context) -> Message:
+        return _answer(message, records.unpack_train_request, train, records.pack_train_reply)
+
+    @app.evaluate()
+    def on_evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, records.unpack_evaluate_request, evaluate, records.pack_evaluate_reply)
+
+    return app
+
+
+def package_root() -> str:
+    """The folder that this process imported `fedspine` from."""
+    return str(Path(fedspine.__file__).resolve().parent)
+
+
+def require_same_root(app_file: str) -> None:
+    """Check that an app module lies next to the `fedspine` that was imported.
+
+    Errors: `FederationError` when another installation of the package, or another folder of that name, came first.
+    """
+    beside = Path(app_file).resolve().parents[1] / "fedspine"
+    if str(beside) != package_root():
+        raise FederationError(
+            f"{app_file} belongs to the code in {beside.parent}, but Python found fedspine in {package_root()}: "
+            "start from another folder, or uninstall the other copy"
+        )
+
+
+def identity(context: Context, server_root: str) -> int:
+    """The device that a node stands for.
+
+    Errors: `FederationError` without a `partition-id`, or when server and device run different copies of the code.
+    """
+    if package_root() != server_root:
+        raise FederationError(
+            f"a worker imported fedspine from {package_root()}, the server from {server_root}: "
+            "start from a folder that holds no other 'fedspine'"
+        )
+    device = context.node_config.get("partition-id")
+    if not isinstance(device, int) or isinstance(device, bool):
+        raise FederationError(
+            f"a device has partition-id = {device!r}: start its SuperNode with "
+            '--node-config "partition-id=N num-partitions=M", N a whole number from 0'
+        )
+    return device
+
+
+def _answer(
+    message: Message,
+    unpack: Callable[[RecordDict], Request],
+    work: Callable[[Request], Reply],
+    pack: Callable[[Reply], RecordDict],
+) -> Message:
+    try:
+        content = pack(work(unpack(message.content)))
+    except FedSpineError as error:
+        content = records.pack_user_error(error)
+    except Exception as error:  # a device that fails must not end the round: the server counts it as failed
+        logging.getLogger("fedspine").info("the device failed", exc_info=True)
+        content = records.pack_failure(one_line(error))
+    return Message(content, reply_to=message)
+
+
+def one_line(error: Exception) -> str:
+    """Type, text and place of an exception, without line breaks."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"

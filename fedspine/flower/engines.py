@@ -1,0 +1,75 @@
+"""`run_federation`: the same server code and the same `ClientApp` on either engine.
+
+`inline` calls the app in this process, one device after the other: no start-up, and the easiest to debug. `ray` is
+Flower's simulation runtime with worker processes. Both give the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedspine.errors import ConfigError
+from fedspine.flower.client_app import make_client_app
+from fedspine.flower.exchange import GridExchange
+from fedspine.flower.inline import RUN_ID, InlineGrid
+
+if TYPE_CHECKING:
+    from fedspine.federation import Exchange
+
+T = TypeVar("T")
+ENGINES = ("inline", "ray")
+
+
+def run_federation(
+    run: Callable[[Exchange], T],
+    *,
+    devices: int,
+    engine: str = "inline",
+    workers: int = 1,
+    threads: int = 1,
+    client_app: ClientApp | None = None,
+) -> T:
+    """Run `run` as the server of a simulated federation and return its result.
+
+    `workers`: processes of the ray engine, one device each at a time; `threads`: torch threads of each.
+    `client_app`: by default the app around `fedspine.client_round`. What `run` raises comes out as it is, and so does
+    an interruption from the keyboard.
+
+    Errors: `ConfigError` for an unknown engine or number of workers, `FederationError` when Ray does not start.
+    """
+    app = client_app or default_client_app()
+    if engine not in ENGINES:
+        raise ConfigError(f"engine = {engine!r}: must be one of {', '.join(ENGINES)}")
+    if workers < 1:
+        raise ConfigError(f"workers = {workers}: must be at least 1")
+    if engine == "inline":
+        return _run_inline(run, app, devices)
+    # Ray takes seconds to import, and only this engine needs it.
+    from fedspine.flower.ray_engine import run_with_ray
+
+    return run_with_ray(run, app, devices, workers, threads)
+
+
+def default_client_app() -> ClientApp:
+    """The app around `fedspine.client_round`."""
+    from fedspine import client_round
+
+    return make_client_app(client_round.train, client_round.probe, client_round.evaluate_device)
+
+
+def _run_inline(run: Callable[[Exchange], T], app: ClientApp, devices: int) -> T:
+    results: list[T] = []
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        results.append(run(GridExchange(grid, devices)))
+
+    context = Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config={})
+    server_app(InlineGrid(app, devices), context)
+    return results[0]

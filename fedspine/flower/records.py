@@ -1,0 +1,213 @@
+"""The dataclasses of `fedspine.types` as Flower records and back, bit for bit.
+
+Scalars and structure bits go into a `ConfigRecord`, tensors into an `ArrayRecord`, keys are kebab-case. Every message
+carries records of its own, because ranks and structures differ between devices. Flower's records know no None: what is
+absent has no record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar, cast, get_type_hints
+
+import numpy as np
+from flwr.app import Array as WireArray
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fedspine import errors
+from fedspine.errors import FederationError, FedSpineError
+from fedspine.structure import Structure
+from fedspine.types import (
+    Action,
+    Array,
+    EvaluateReply,
+    EvaluateRequest,
+    Probe,
+    ProbeRequest,
+    Report,
+    Scores,
+    TrainReply,
+    TrainRequest,
+)
+
+T = TypeVar("T")
+
+
+def pack_train_request(request: TrainRequest) -> RecordDict:
+    return _joined(
+        task=ConfigRecord({"round": request.round, "device": request.device, "settings": request.settings}),
+        action=_scalars(request.action),
+        structure=_structure(request.structure),
+        arrays=_arrays(request.arrays),
+        scores=_scores(request.scores),
+    )
+
+
+def unpack_train_request(records: RecordDict) -> TrainRequest:
+    task = _config(records, "task")
+    return TrainRequest(
+        round=task["round"],
+        device=task["device"],
+        action=_from_scalars(Action, _config(records, "action")),
+        structure=_read_structure(records),
+        arrays=_read_arrays(records, "arrays"),
+        scores=_read_scores(records),
+        settings=task["settings"],
+    )
+
+
+def pack_train_reply(reply: TrainReply) -> RecordDict:
+    return _joined(
+        task=ConfigRecord({"device": reply.device}),
+        report=_scalars(reply.report),
+        structure=_structure(reply.structure),
+        arrays=_arrays(reply.arrays),
+        scores=_scores(reply.scores),
+    )
+
+
+def unpack_train_reply(records: RecordDict) -> TrainReply:
+    return TrainReply(
+        device=_config(records, "task")["device"],
+        report=_from_scalars(Report, _config(records, "report")),
+        structure=_read_structure(records),
+        arrays=_read_arrays(records, "arrays"),
+        scores=_read_scores(records),
+    )
+
+
+def pack_probe_request(request: ProbeRequest) -> RecordDict:
+    task = ConfigRecord({"round": request.round, "device": request.device, "settings": request.settings})
+    task["lora-rank"] = request.lora_rank
+    return _joined(task=task, structure=_structure(request.structure))
+
+
+def unpack_probe_request(records: RecordDict) -> ProbeRequest:
+    task = _config(records, "task")
+    structure = _read_structure(records)
+    return ProbeRequest(task["round"], task["device"], structure, task["lora-rank"], task["settings"])
+
+
+def pack_probe(probe: Probe) -> RecordDict:
+    return _joined(probe=_scalars(probe))
+
+
+def unpack_probe(records: RecordDict) -> Probe:
+    return _from_scalars(Probe, _config(records, "probe"))
+
+
+def pack_evaluate_request(request: EvaluateRequest) -> RecordDict:
+    return _joined(
+        task=ConfigRecord({"round": request.round, "device": request.device, "settings": request.settings}),
+        structure=_structure(request.structure),
+        arrays=_arrays(request.arrays),
+    )
+
+
+def unpack_evaluate_request(records: RecordDict) -> EvaluateRequest:
+    task = _config(records, "task")
+    arrays = _read_arrays(records, "arrays")
+    return EvaluateRequest(task["round"], task["device"], _read_structure(records), arrays, task["settings"])
+
+
+def pack_evaluate_reply(reply: EvaluateReply) -> RecordDict:
+    return _joined(evaluation=_scalars(reply))
+
+
+def unpack_evaluate_reply(records: RecordDict) -> EvaluateReply:
+    return _from_scalars(EvaluateReply, _config(records, "evaluation"))
+
+
+def pack_identity(device: int) -> RecordDict:
+    """Which device of the federation a node is."""
+    return _joined(identity=ConfigRecord({"device": device}))
+
+
+def unpack_identity(records: RecordDict) -> int:
+    return int(_config(records, "identity")["device"])
+
+
+def pack_user_error(error: FedSpineError) -> RecordDict:
+    """An error that a person caused, so that the server can raise it as it is."""
+    return _joined(error=ConfigRecord({"type": type(error).__name__, "message": str(error)}))
+
+
+def pack_failure(message: str) -> RecordDict:
+    """Any other error of a device, as one line."""
+    return _joined(failure=ConfigRecord({"message": message}))
+
+
+def read_failure(records: RecordDict) -> str | None:
+    """The line of `pack_failure`, or None when the records hold an answer.
+
+    Errors: raises the `FedSpineError` that `pack_user_error` packed.
+    """
+    if "error" in records:
+        record = _config(records, "error")
+        kind = getattr(errors, record["type"], FederationError)
+        raise kind(record["message"])
+    return _config(records, "failure")["message"] if "failure" in records else None
+
+
+def _joined(**records: ArrayRecord | ConfigRecord | None) -> RecordDict:
+    return RecordDict({name: record for name, record in records.items() if record is not None})
+
+
+def _config(records: RecordDict, name: str) -> dict[str, Any]:
+    return dict(cast(ConfigRecord, records[name]))
+
+
+def _scalars(value: Any) -> ConfigRecord:
+    """A dataclass of int, float and str fields. Numpy scalars become plain ones."""
+    hints = get_type_hints(type(value))
+    plain = {field.name: hints[field.name](getattr(value, field.name)) for field in fields(value)}
+    return ConfigRecord({name.replace("_", "-"): item for name, item in plain.items()})
+
+
+def _from_scalars(kind: type[T], record: dict[str, Any]) -> T:
+    return kind(**{name.replace("-", "_"): item for name, item in record.items()})
+
+
+def _structure(structure: Structure) -> ConfigRecord:
+    return ConfigRecord(
+        {
+            "heads": structure.heads,
+            "channels": structure.channels,
+            "head-bits": list(structure.head_bits),
+            "channel-bits": list(structure.channel_bits),
+        }
+    )
+
+
+def _read_structure(records: RecordDict) -> Structure:
+    record = _config(records, "structure")
+    return Structure(record["heads"], record["channels"], tuple(record["head-bits"]), tuple(record["channel-bits"]))
+
+
+def _arrays(arrays: Mapping[str, Array]) -> ArrayRecord:
+    return ArrayRecord({name: WireArray(np.asarray(array, order="C")) for name, array in arrays.items()})
+
+
+def _read_arrays(records: RecordDict, name: str) -> dict[str, Array]:
+    record = cast(ArrayRecord, records[name])
+    return {key: cast(Array, array.numpy()) for key, array in record.items()}
+
+
+def _scores(scores: Scores | None) -> ArrayRecord | None:
+    if scores is None:
+        return None
+    parts = {
+        f"{layer}.{unit}": part for layer, pair in enumerate(scores) for unit, part in zip(_UNITS, pair, strict=True)
+    }
+    return _arrays(parts)
+
+
+def _read_scores(records: RecordDict) -> Scores | None:
+    if "scores" not in records:
+        return None
+    parts = _read_arrays(records, "scores")
+    return tuple((parts[f"{layer}.heads"], parts[f"{layer}.channels"]) for layer in range(len(parts) // 2))
+
+
+_UNITS = ("heads", "channels")

@@ -1,0 +1,41 @@
+"""The Flower `ServerApp` of a deployment: run configuration of `flwr run` in, a run over its grid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedspine.config import RunConfig
+from fedspine.flower.exchange import GridExchange
+
+if TYPE_CHECKING:
+    from fedspine.federation import Exchange
+
+
+def make_server_app(
+    run: Callable[[RunConfig, Exchange], None],
+    *,
+    connect_seconds: float = 600.0,
+    timeout_seconds: float | None = None,
+) -> ServerApp:
+    """The app of the coordinating machine.
+
+    `connect_seconds`: how long all devices have to join; `timeout_seconds`: how long a device has to reply.
+    Errors: `ConfigError` for a wrong run configuration, `FederationError` when devices do not join.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        # Flower lets a user override only keys that the project lists; one that is listed as "" is not set.
+        values = {key: value for key, value in context.run_config.items() if value != ""}
+        config = RunConfig.from_values(values)
+        run(
+            config,
+            GridExchange(grid, config.devices, connect_seconds=connect_seconds, timeout_seconds=timeout_seconds),
+        )
+
+    return app

@@ -1,0 +1,74 @@
+"""Adapters as plain arrays: how they start, and how they move between ranks and structures.
+
+Names: `<module>.A` [rank, d_in], `<module>.B` [d_out, rank], `head.<parameter>`. Full coordinates mean the uncut base
+model's rows and columns at the server's rank; narrow means one device's rank and kept structures. The scale alpha/rank
+is the same at every rank, so it never has to be folded in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedspine.structure import ModelShape, ModuleShape, Structure
+from fedspine.types import Array, Arrays
+
+HEAD = "head."
+
+
+def start_adapters(shape: ModelShape, rank: int, rng: np.random.Generator) -> dict[str, Array]:
+    """A uniform in +-1/sqrt(d_in) (Kaiming, as PEFT), B zero: the function of the base model is unchanged."""
+    arrays: dict[str, Array] = {}
+    for module in shape.modules:
+        bound = 1.0 / np.sqrt(module.d_in)
+        arrays[f"{module.name}.A"] = rng.uniform(-bound, bound, (rank, module.d_in)).astype(np.float32)
+        arrays[f"{module.name}.B"] = np.zeros((module.d_out, rank), dtype=np.float32)
+    return arrays
+
+
+def kept_features(module: ModuleShape, structure: Structure, shape: ModelShape) -> NDArray[np.int64]:
+    """Indices of the rows (or columns) of a module that a structure keeps."""
+    mask = np.repeat(structure.mask(module.layer, module.unit), shape.unit_size(module))
+    return np.flatnonzero(mask)
+
+
+def narrow(arrays: Arrays, structure: Structure, rank: int, shape: ModelShape) -> dict[str, Array]:
+    """Full coordinates to one device's structure and its first `rank` components."""
+    result = {name: array for name, array in arrays.items() if name.startswith(HEAD)}
+    for module in shape.modules:
+        kept = kept_features(module, structure, shape)
+        a, b = arrays[f"{module.name}.A"][:rank], arrays[f"{module.name}.B"][:, :rank]
+        if module.axis == "rows":
+            b = b[kept]
+        else:
+            a = a[:, kept]
+        result[f"{module.name}.A"] = np.ascontiguousarray(a)
+        result[f"{module.name}.B"] = np.ascontiguousarray(b)
+    return result
+
+
+def widen(arrays: Arrays, structure: Structure, shape: ModelShape) -> dict[str, Array]:
+    """One device's adapters to full coordinates at their own rank; what is cut is zero."""
+    result = {name: array for name, array in arrays.items() if name.startswith(HEAD)}
+    for module in shape.modules:
+        kept = kept_features(module, structure, shape)
+        a, b = arrays[f"{module.name}.A"], arrays[f"{module.name}.B"]
+        rank = len(a)
+        if module.axis == "rows":
+            full = np.zeros((module.d_out, rank), dtype=np.float32)
+            full[kept] = b
+            b = full
+        else:
+            full = np.zeros((rank, module.d_in), dtype=np.float32)
+            full[:, kept] = a
+            a = full
+        result[f"{module.name}.A"], result[f"{module.name}.B"] = a, b
+    return result
+
+
+def rank_of(arrays: Arrays, shape: ModelShape) -> int:
+    return len(arrays[f"{shape.modules[0].name}.A"])
+
+
+def nbytes(arrays: Arrays) -> int:
+    return sum(array.nbytes for array in arrays.values())

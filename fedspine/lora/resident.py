@@ -1,0 +1,154 @@
+"""One model per process, its base weights resident, re-cut and re-adapted for every device that it stands in for.
+
+PEFT puts the LoRA layers in place once. Mounting a device sets the weights of the projections to slices of the base
+and the adapters to the device's own, so that the model really is smaller: its matrix products shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from fedspine.lora.adapters import HEAD, kept_features
+from fedspine.pruning.families import describe, family_of, linear_layers, unit_of
+from fedspine.structure import ModelShape, ModuleShape, Structure
+from fedspine.types import Array, Arrays
+
+_ADAPTER = "default"
+
+
+class ResidentModel:
+    """The base model with PEFT adapters, mounted for one structure and one set of adapters at a time."""
+
+    def __init__(self, model: nn.Module, family: str, targets: tuple[str, ...], rank: int, scale: float) -> None:
+        """Take over `model` (fresh, uncut). `scale` is alpha / rank, the same for every rank mounted."""
+        self.shape: ModelShape = describe(model, family, targets)
+        self.scale = scale
+        self._names = linear_layers(model, family_of(family))
+        self._base = {
+            name: (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+            for roles in self._names
+            for name in roles.values()
+            if isinstance(linear := model.get_submodule(name), nn.Linear)
+        }
+        settings = LoraConfig(
+            r=rank, lora_alpha=scale * rank, target_modules=[m.name for m in self.shape.modules], lora_dropout=0.0
+        )
+        self.model = inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+        self.head = self.model.get_submodule(family_of(family).head)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self._modules = {module.name: module for module in self.shape.modules}
+        self.structure = Structure.full(self.shape)
+        self.parameters: dict[str, nn.Parameter] = {}
+
+    def head_arrays(self) -> dict[str, Array]:
+        """The task head's tensors by wire name."""
+        return {HEAD + name: value.detach().numpy().copy() for name, value in self.head.state_dict().items()}
+
+    def mount(self, structure: Structure, arrays: Arrays, merge: bool = False) -> None:
+        """Become the model of one device: cut to `structure`, with adapters and head from `arrays` (narrow).
+
+        `merge`: fold the adapters into the weights, for evaluation; nothing is trainable then.
+        Every array is consumed: a wrong or missing name raises `KeyError`.
+        """
+        unused = set(arrays)
+        self.parameters = {}
+        for layer, roles in enumerate(self._names):
+            for role, name in roles.items():
+                self._cut_base(name, role, layer, structure)
+        for name in self._modules:
+            a, b = (torch.from_numpy(np.array(arrays[f"{name}.{side}"])) for side in "AB")
+            unused -= {f"{name}.A", f"{name}.B"}
+            self._set_adapter(name, a, b, merge)
+        for name, parameter in self.head.named_parameters():
+            parameter.data = torch.from_numpy(np.array(arrays[HEAD + name]))
+            parameter.grad = None
+            parameter.requires_grad_(not merge)
+            unused.discard(HEAD + name)
+            self.parameters[HEAD + name] = parameter
+        if unused:
+            raise KeyError(f"adapter arrays that the model has no place for: {sorted(unused)}")
+        self.structure = structure
+
+    def cut(self, structure: Structure) -> None:
+        """Cut further, in the middle of training: adapters keep their values on what stays. Gradients go."""
+        arrays = self.arrays()
+        narrowed = {}
+        for name, array in arrays.items():
+            keep = self.still_kept(name, structure)
+            narrowed[name] = array if keep is None else np.take(array, keep[1], axis=keep[0])
+        self.mount(structure, narrowed)
+
+    def still_kept(self, name: str, structure: Structure) -> tuple[int, np.ndarray] | None:
+        """(axis, positions among the current features) of an array that stay under `structure`; None: all of it."""
+        module = self._modules.get(name.rpartition(".")[0])
+        if module is None or name.endswith(".B") != (module.axis == "rows"):
+            return None
+        now = kept_features(module, self.structure, self.shape)
+        then = kept_features(module, structure, self.shape)
+        return (0 if module.axis == "rows" else 1), np.flatnonzero(np.isin(now, then))
+
+    def arrays(self) -> dict[str, Array]:
+        """Adapters and head as they are now (narrow), copied."""
+        return {name: parameter.detach().numpy().copy() for name, parameter in self.parameters.items()}
+
+    def lora(self, module: ModuleShape) -> tuple[nn.Parameter, nn.Parameter, torch.Tensor]:
+        """(A [rank, d_in], B [d_out, rank], frozen weight [d_out, d_in]) of a mounted projection."""
+        layer = self._layer(module.name)
+        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, layer.get_base_layer().weight
+
+    def _cut_base(self, name: str, role: str, layer: int, structure: Structure) -> None:
+        unit, axis = unit_of(role)
+        mask = structure.mask(layer, unit)
+        weight, bias = self._base[name]
+        if not mask.all():
+            size = self.shape.head_dim if unit == "heads" else 1
+            kept = torch.from_numpy(np.flatnonzero(np.repeat(mask, size)))
+            weight = weight.index_select(0 if axis == "rows" else 1, kept)
+            if bias is not None and axis == "rows":
+                bias = bias.index_select(0, kept)
+        linear = self._linear(name)
+        linear.out_features, linear.in_features = weight.shape
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+
+    def _set_adapter(self, name: str, a: torch.Tensor, b: torch.Tensor, merge: bool) -> None:
+        layer = self._layer(name)
+        layer.enable_adapters(not merge)
+        if merge:
+            linear = self._linear(name)
+            linear.weight = nn.Parameter(torch.addmm(linear.weight, b, a, alpha=self.scale), requires_grad=False)
+        rank = len(a)
+        layer.r[_ADAPTER], layer.scaling[_ADAPTER] = rank, self.scale
+        for side, part, value in (("A", layer.lora_A[_ADAPTER], a), ("B", layer.lora_B[_ADAPTER], b)):
+            part.weight = nn.Parameter(value, requires_grad=not merge)
+            part.out_features, part.in_features = value.shape
+            self.parameters[f"{name}.{side}"] = part.weight
+
+    def _layer(self, name: str) -> LoraLayer:
+        return self.model.get_submodule(name)
+
+    def _linear(self, name: str) -> nn.Linear:
+        module = self.model.get_submodule(name)
+        linear: nn.Linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        return linear
+
+
+def update_norm(before: Mapping[str, Array], after: Mapping[str, Array], shape: ModelShape, scale: float) -> float:
+    """Frobenius norm of the change of all s*B@A, without forming a product.
+
+    ||B1 A1 - B0 A0||^2 by the trace trick sum((B^T B) * (A A^T)) on the joined factors. Both on the same structure.
+    """
+    total = 0.0
+    for module in shape.modules:
+        b = np.concatenate([after[f"{module.name}.B"], -before[f"{module.name}.B"]], axis=1).astype(np.float64)
+        a = np.concatenate([after[f"{module.name}.A"], before[f"{module.name}.A"]], axis=0).astype(np.float64)
+        total += float(np.sum((b.T @ b) * (a @ a.T)))
+    return scale * max(total, 0.0) ** 0.5

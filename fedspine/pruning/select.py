@@ -1,0 +1,71 @@
+"""Which structures to cut for a given ratio: the same share in every layer, least important first.
+
+Cutting is monotone: only what is still kept can go. The number of heads is rounded, and the FFN channels make up for
+it, so that the sparsity in parameters is exact to half a channel per layer. (Uniform layer budget of LoRAPrune,
+arXiv 2305.18403.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedspine.errors import ModelError
+from fedspine.structure import ModelShape, Structure
+from fedspine.types import Scores
+
+CHANNEL_FLOOR = 1 / 24
+"""Smallest share of a layer's FFN channels that stays; one head always stays."""
+
+
+def max_sparsity(shape: ModelShape) -> float:
+    """Largest sparsity that leaves every layer a head and its floor of channels."""
+    kept = shape.head_parameters + _least_channels(shape) * shape.channel_parameters
+    return 1.0 - shape.layers * kept / shape.prunable_parameters
+
+
+def check_reachable(target: float, shape: ModelShape) -> None:
+    """Errors: `ModelError` when the target sparsity cannot be reached."""
+    limit = max_sparsity(shape)
+    if target > limit:
+        raise ModelError(
+            f"target_sparsity = {target}: this model can be cut to at most {limit:.3f} of its prunable parameters "
+            f"(every layer keeps 1 of {shape.heads} heads and {_least_channels(shape)} of {shape.channels} channels)"
+        )
+
+
+def layer_budget(ratio: float, shape: ModelShape) -> tuple[int, int]:
+    """(heads, channels) that every layer keeps at a ratio of its prunable parameters."""
+    heads = max(1, round((1.0 - ratio) * shape.heads))
+    layer_parameters = shape.prunable_parameters / shape.layers
+    left = (1.0 - ratio) * layer_parameters - heads * shape.head_parameters
+    channels = round(left / shape.channel_parameters)
+    return heads, min(shape.channels, max(_least_channels(shape), channels))
+
+
+def select(structure: Structure, scores: Scores, ratio: float, shape: ModelShape) -> Structure:
+    """Cut `structure` to `ratio` by `scores`; a structure that is cut that far already stays as it is."""
+    heads, channels = layer_budget(ratio, shape)
+    masks = []
+    for layer, (head_scores, channel_scores) in enumerate(scores):
+        masks.append(
+            (
+                _keep_best(structure.head_mask(layer), head_scores, heads),
+                _keep_best(structure.channel_mask(layer), channel_scores, channels),
+            )
+        )
+    return Structure.from_masks(masks)
+
+
+def _keep_best(mask: NDArray[np.bool_], scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
+    kept = np.flatnonzero(mask)
+    if len(kept) <= count:
+        return mask
+    best = kept[np.argsort(-scores[kept], kind="stable")[:count]]
+    result = np.zeros_like(mask)
+    result[best] = True
+    return result
+
+
+def _least_channels(shape: ModelShape) -> int:
+    return max(1, round(shape.channels * CHANNEL_FLOOR))

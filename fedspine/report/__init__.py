@@ -1,0 +1,1 @@
+"""What a person gets to see: console, curves, records and summary."""

@@ -1,0 +1,88 @@
+"""`rounds.jsonl`: one line per round. What does not repeat between machines stands under keys named `wall`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fedspine.types import Action, Probe, Pull, Report, RoundRecord
+
+
+def record_to_line(record: RoundRecord) -> str:
+    """One JSON line, floats exact."""
+    return json.dumps(_to_json(record), separators=(",", ":"))
+
+
+def record_from_line(line: str) -> RoundRecord:
+    """The inverse of `record_to_line`."""
+    values = json.loads(line)
+    values["pulls"] = tuple(_pull(pull) for pull in values["pulls"])
+    return RoundRecord(**values)
+
+
+def reproducible(line: dict[str, Any]) -> dict[str, Any]:
+    """A parsed record without its `wall` parts: equal for equal configurations."""
+    return {key: _stripped(value) for key, value in line.items() if key != "wall"}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside and rename: a crash leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def append_record(path: Path, record: RoundRecord) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(record_to_line(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[RoundRecord]:
+    """All whole records; a last line that was torn by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [record_from_line(line) for line in lines[:-1]]
+
+
+def truncate_records(path: Path, count: int) -> None:
+    """Keep the first `count` records."""
+    kept = read_records(path)[:count]
+    write_atomically(path, "".join(record_to_line(record) + "\n" for record in kept).encode())
+
+
+def _to_json(record: RoundRecord) -> dict[str, Any]:
+    values = dataclasses.asdict(record)
+    for pull in values["pulls"]:
+        pull["report"]["wall"] = {"seconds": pull["report"].pop("wall_seconds")}
+    return values
+
+
+def _pull(values: dict[str, Any]) -> Pull:
+    report = dict(values["report"])
+    report["wall_seconds"] = report.pop("wall")["seconds"]
+    probe = values["probe"]
+    return Pull(
+        **{
+            **values,
+            "action": Action(**values["action"]),
+            "report": Report(**report),
+            "probe": Probe(**probe) if probe else None,
+        }
+    )
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return reproducible(value)
+    if isinstance(value, list):
+        return [_stripped(item) for item in value]
+    return value

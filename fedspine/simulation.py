@@ -1,0 +1,277 @@
+"""`fedspine.simulate`: one call from a configuration to a finished federation in a run directory.
+
+Run directory: `config.toml` (complete), `rounds.jsonl`, `state.safetensors` (checkpoint), `summary.json`,
+`tensorboard/`, `curves.png`. A killed run continues from its directory with `resume`, and ends as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedspine.checkpoint import load_state, save_state
+from fedspine.client_round import EVALUATION_BATCH, Workbench, configure_threads, workbench
+from fedspine.config import RunConfig, load_config
+from fedspine.controller.policy import make_policy
+from fedspine.data.encode import evaluation_batches
+from fedspine.devices.clock import VirtualMeter, device_state
+from fedspine.errors import CheckpointError
+from fedspine.federation import (
+    Evaluation,
+    Exchange,
+    Federation,
+    ServerState,
+    evaluate_devices,
+    prune_everyone,
+    run_rounds,
+)
+from fedspine.flower.engines import run_federation
+from fedspine.lora.adapters import narrow, start_adapters
+from fedspine.pruning.select import check_reachable
+from fedspine.randomness import Purpose, generator
+from fedspine.report.observer import Observer, RunPlan, Silent
+from fedspine.report.records import append_record, read_records, truncate_records, write_atomically
+from fedspine.report.summary import PeakMemory, collapse_warning, summarise
+from fedspine.report.tensorboard import Curves
+from fedspine.structure import Structure
+from fedspine.training import evaluate
+from fedspine.types import Arrays, ProbeRequest, RoundRecord
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    directory: Path
+    summary: dict[str, Any]
+    records: tuple[RoundRecord, ...]
+
+
+def simulate(
+    config: RunConfig | str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    engine: str = "inline",
+    workers: int = 1,
+    observer: Observer | None = None,
+    **keys: Any,
+) -> RunResult:
+    """Run a federation on simulated devices.
+
+    `config`: a `RunConfig`, a TOML file, or nothing for the defaults; `keys` override single values.
+    `out`: a new directory for the run; by default one under `runs/`. `resume`: a directory to continue instead.
+    `engine`: `inline` (this process) or `ray` (Flower's simulation runtime with `workers` processes).
+    The result does not depend on engine or workers.
+
+    Errors: subclasses of `FedSpineError`, before anything is written.
+    """
+    began = time.perf_counter()
+    if resume is not None:
+        directory = Path(resume)
+        config = _resumed_config(directory)
+    else:
+        config = _configured(config, keys)
+        directory = _free_directory(out, config.method)
+    observer = observer or Silent()
+    run = _Run(config, workbench(config.to_json()), directory, observer, engine, workers, PeakMemory())
+    run.check()
+    state, records = run.restored() if resume is not None else run.fresh()
+    observer.plan(run.plan())
+    outcome = run_federation(
+        lambda exchange: run.execute(exchange, state, records, began),
+        devices=config.devices,
+        engine=engine,
+        workers=workers,
+        threads=config.threads,
+    )
+    observer.finished(outcome.summary, directory)
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of one run, and what happens with them inside the server."""
+
+    config: RunConfig
+    bench: Workbench
+    directory: Path
+    observer: Observer
+    engine: str
+    workers: int
+    peak: PeakMemory
+
+    def check(self) -> None:
+        """Errors: `ModelError` when the target sparsity cannot be reached."""
+        check_reachable(self.config.target_sparsity, self.bench.shape)
+
+    def fresh(self) -> tuple[ServerState, tuple[RoundRecord, ...]]:
+        """A new run directory and the state before round 1."""
+        config, shape = self.config, self.bench.shape
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.directory / "config.toml", config.to_toml().encode())
+        arrays = start_adapters(shape, config.max_rank, generator(config.seed, 0, 0, Purpose.ADAPTERS))
+        arrays |= self.bench.resident.head_arrays()
+        return ServerState(0, arrays, arrays, Structure.full(shape)), ()
+
+    def restored(self) -> tuple[ServerState, tuple[RoundRecord, ...]]:
+        """The state of the last checkpoint, and the records up to it."""
+        path = self.directory / "rounds.jsonl"
+        if not (self.directory / "state.safetensors").exists() and not read_records(path):
+            return self.fresh()
+        state = load_state(self.directory, self.config, self.bench.shape)
+        truncate_records(path, state.round)
+        records = read_records(path)
+        if len(records) != state.round:
+            raise CheckpointError(f"{path} has {len(records)} rounds, the checkpoint {state.round}: it was edited")
+        return state, tuple(records)
+
+    def plan(self) -> RunPlan:
+        """What will run, for the observer to show."""
+        config, bench = self.config, self.bench
+        workload = bench.workload
+        full = Structure.full(bench.shape)
+        types = tuple(
+            device_state(bench.population, config.seed, device, 1).type_name for device in range(config.devices)
+        )
+        return RunPlan(
+            config=config,
+            device_types=types,
+            trainable_parameters=int(workload.adapter_bytes(0.0, config.max_rank) / 4),
+            prunable_parameters=bench.shape.prunable_parameters,
+            total_parameters=bench.shape.total_parameters,
+            smallest_message_bytes=int(workload.adapter_bytes(config.target_sparsity, config.min_rank)),
+            largest_message_bytes=int(workload.adapter_bytes(0.0, config.max_rank)),
+            device_memory_bytes=int(workload.memory_bytes(full, config.max_rank)),
+            expected_wall_seconds=None,
+            engine=self.engine,
+            workers=self.workers,
+            directory=self.directory,
+        )
+
+    def execute(
+        self, exchange: Exchange, state: ServerState, records: Sequence[RoundRecord], began: float
+    ) -> RunResult:
+        """All rounds, the final cut and the evaluation of every device, and the files."""
+        config, bench = self.config, self.bench
+        configure_threads(config.threads)
+        oracle = self._true_seconds if config.policy == "clairvoyant" else None
+        federation = Federation(
+            config=config,
+            shape=bench.shape,
+            workload=bench.workload,
+            policy=make_policy(config, bench.workload, oracle),
+            exchange=exchange,
+            evaluate=self._evaluate,
+            observer=self.observer,
+        )
+        self._warm_up(exchange)
+        startup_seconds = time.perf_counter() - began
+        with Curves(self.directory / "tensorboard", state.round) as curves:
+            history = list(records)
+            state, finished = run_rounds(federation, state, records, lambda s, r: self._save(s, r, curves, history))
+        state = prune_everyone(federation, state, finished)
+        devices = evaluate_devices(federation, state)
+        save_state(self.directory, config, state)
+        summary = summarise(
+            config,
+            finished,
+            device_accuracies=[reply.accuracy for reply in devices],
+            device_sparsities=[
+                state.structures.get(device, Structure.full(bench.shape)).sparsity(bench.shape)
+                for device in range(config.devices)
+            ],
+            shape=bench.shape,
+            engine=self.engine,
+            workers=self.workers,
+            startup_seconds=startup_seconds,
+            peak_rss_bytes=self.peak.bytes,
+        )
+        return write_results(self.directory, config, summary, finished)
+
+    def _warm_up(self, exchange: Exchange) -> None:
+        """Let every worker load model and data before the clock of the rounds starts."""
+        count = min(self.config.devices, 2 * self.workers if self.engine == "ray" else 1)
+        full = Structure.full(self.bench.shape)
+        settings = self.config.to_json()
+        exchange.probe([ProbeRequest(1, device, full, self.config.fixed_rank, settings) for device in range(count)])
+
+    def _save(self, state: ServerState, record: RoundRecord, curves: Curves, history: list[RoundRecord]) -> None:
+        append_record(self.directory / "rounds.jsonl", record)
+        save_state(self.directory, self.config, state)
+        curves.add(record)
+        history.append(record)
+        self.peak.look()
+        labels = np.bincount(self.bench.test.labels)
+        warning = collapse_warning(history, float(labels.max() / labels.sum()))
+        if warning and record.accuracy is not None:
+            self.observer.warning(warning)
+
+    def _evaluate(self, structure: Structure, arrays: Arrays) -> Evaluation:
+        bench = self.bench
+        bench.resident.mount(structure, narrow(arrays, structure, self.config.max_rank, bench.shape), merge=True)
+        return Evaluation(*evaluate(bench.resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id)))
+
+    def _true_seconds(self, round: int, device: int, ratio: float, rank: int) -> float:
+        """What the simulator knows and no policy but the clairvoyant one may."""
+        workload, config = self.bench.workload, self.config
+        meter = VirtualMeter(device_state(self.bench.population, config.seed, device, round))
+        one_way = workload.adapter_bytes(ratio, rank)
+        return (
+            meter.compute_seconds(workload.planned_flops(ratio, rank), config.local_iterations)
+            + meter.download_seconds(int(one_way))
+            + meter.upload_seconds(int(one_way) + workload.score_bytes)
+        )
+
+
+def write_results(
+    directory: Path, config: RunConfig, summary: dict[str, Any], records: Sequence[RoundRecord]
+) -> RunResult:
+    """`summary.json` and `curves.png`."""
+    from fedspine.report.curves import draw_curves
+
+    write_atomically(directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    draw_curves(records, config, directory / "curves.png")
+    return RunResult(directory, summary, tuple(records))
+
+
+def _configured(config: RunConfig | str | Path | None, keys: dict[str, Any]) -> RunConfig:
+    if isinstance(config, RunConfig):
+        if not keys:
+            return config
+        return RunConfig.from_values({**asdict(config), **keys})
+    return load_config(Path(config) if config is not None else None, keys)
+
+
+def _resumed_config(directory: Path) -> RunConfig:
+    if not directory.is_dir():
+        raise CheckpointError(f"--resume {directory}: there is no such directory")
+    if not (directory / "config.toml").is_file():
+        raise CheckpointError(f"--resume {directory}: it holds no config.toml, so it is no run directory")
+    return load_config(directory / "config.toml", {})
+
+
+def _free_directory(out: str | Path | None, method: str) -> Path:
+    directory = Path(out) if out is not None else Path("runs") / f"{method}-{datetime.now():%Y%m%d-%H%M%S}"
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(
+            f"--out {directory}: already in use; choose another directory, or --resume {directory} to continue it"
+        )
+    if not os.access(_existing_parent(directory), os.W_OK):
+        raise CheckpointError(f"--out {directory}: no permission to write there")
+    return directory
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

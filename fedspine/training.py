@@ -1,0 +1,102 @@
+"""The local loop: forward, backward, score, clip, step; and the loss of a batch or of a whole set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.nn import functional
+
+from fedspine.data.encode import Batch
+from fedspine.lora.resident import ResidentModel
+from fedspine.structure import Structure
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch, labels left out."""
+    inputs = {
+        "input_ids": torch.from_numpy(batch.input_ids),
+        "attention_mask": torch.from_numpy(batch.attention_mask),
+    }
+    if batch.token_type_ids is not None:
+        inputs["token_type_ids"] = torch.from_numpy(batch.token_type_ids)
+    return inputs
+
+
+def batch_loss(resident: ResidentModel, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of a batch, differentiable."""
+    logits = resident.model(**tensors(batch)).logits
+    return functional.cross_entropy(logits, torch.from_numpy(batch.labels))
+
+
+def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, float, float]:
+    """(accuracy, mean loss, share of the most predicted class) of the mounted model."""
+    correct, loss, count = 0, 0.0, 0
+    predicted: torch.Tensor | None = None
+    with torch.inference_mode():
+        for batch in batches:
+            logits = resident.model(**tensors(batch)).logits
+            labels = torch.from_numpy(batch.labels)
+            guess = logits.argmax(-1)
+            correct += int((guess == labels).sum())
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            count += len(labels)
+            counts = torch.bincount(guess, minlength=logits.shape[-1])
+            predicted = counts if predicted is None else predicted + counts
+    if predicted is None:
+        return 0.0, 0.0, 0.0
+    return correct / count, loss / count, float(predicted.max()) / count
+
+
+class LocalOptimizer:
+    """AdamW on the mounted adapters and head, gradients clipped; its moments survive a cut, sliced like the weights."""
+
+    def __init__(self, resident: ResidentModel, learning_rate: float, clip_norm: float) -> None:
+        self._resident = resident
+        self._learning_rate = learning_rate
+        self._clip_norm = clip_norm
+        self._optimizer = self._fresh()
+
+    def step(self) -> None:
+        """Clip, update, and clear the gradients."""
+        torch.nn.utils.clip_grad_norm_(list(self._resident.parameters.values()), self._clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def cut(self, structure: Structure) -> None:
+        """Cut the mounted model; moments of what stays are kept, all at once."""
+        resident = self._resident
+        moments = {}
+        for name, parameter in resident.parameters.items():
+            keep = resident.still_kept(name, structure)
+            state = self._optimizer.state.get(parameter, {})
+            moments[name] = {
+                key: value.index_select(keep[0], torch.from_numpy(keep[1]))
+                if keep is not None and value.shape == parameter.shape
+                else value
+                for key, value in state.items()
+            }
+        resident.cut(structure)
+        self._optimizer = self._fresh()
+        for name, parameter in resident.parameters.items():
+            if moments[name]:
+                self._optimizer.state[parameter] = moments[name]
+
+    def _fresh(self) -> torch.optim.Optimizer:
+        parameters = list(self._resident.parameters.values())
+        return torch.optim.AdamW(parameters, lr=self._learning_rate, weight_decay=0.0, foreach=True)
+
+
+def tune(
+    resident: ResidentModel,
+    optimizer: LocalOptimizer,
+    batches: Iterable[Batch],
+    observe: Callable[[], None],
+    before_step: Callable[[int], None],
+) -> None:
+    """One optimiser step per batch. `before_step(i)` runs first (cuts); `observe` between backward and step."""
+    for iteration, batch in enumerate(batches):
+        before_step(iteration)
+        batch_loss(resident, batch).backward()
+        observe()
+        optimizer.step()

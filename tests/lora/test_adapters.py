@@ -1,0 +1,77 @@
+"""Adapters between ranks and structures, and parity with PEFT on a model that was cut by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from tests.tiny import TARGETS, random_arrays, tiny_model, tiny_resident, tokens, uneven_structure
+
+from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
+from fedspine.lora.resident import update_norm
+from fedspine.structure import Structure
+
+
+def test_narrow_then_widen_is_a_projection() -> None:
+    resident = tiny_resident()
+    shape, structure = resident.shape, uneven_structure(resident.shape)
+    arrays = random_arrays(resident)
+    small = narrow(arrays, structure, 4, shape)
+    assert rank_of(small, shape) == 4
+    wide = widen(small, structure, shape)
+    again = narrow(wide, structure, 4, shape)
+    assert all((again[name] == small[name]).all() for name in small)
+    assert nbytes(small) < nbytes(arrays)
+
+
+def test_start_leaves_the_function_unchanged() -> None:
+    resident = tiny_resident()
+    batch = tokens()
+    with torch.no_grad():
+        expected = tiny_model()(**batch).logits
+    arrays = start_adapters(resident.shape, 6, np.random.default_rng(0)) | resident.head_arrays()
+    resident.mount(Structure.full(resident.shape), arrays)
+    torch.testing.assert_close(resident.model(**batch).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_parity_with_peft() -> None:
+    """A mounted model gives the logits, the loss gradient and the step of stock PEFT with the same weights."""
+    resident = tiny_resident()
+    shape, batch, labels, rank = resident.shape, tokens(), torch.tensor([0, 1, 2]), 3
+    arrays = narrow(random_arrays(resident), Structure.full(shape), rank, shape)
+    resident.mount(Structure.full(shape), arrays)
+    stock = get_peft_model(
+        tiny_model(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[m.name for m in shape.modules])
+    )
+    for module in shape.modules:
+        layer = stock.base_model.model.get_submodule(module.name)
+        layer.lora_A["default"].weight.data = torch.from_numpy(arrays[f"{module.name}.A"].copy())
+        layer.lora_B["default"].weight.data = torch.from_numpy(arrays[f"{module.name}.B"].copy())
+    for model in (resident.model, stock):
+        torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
+    torch.testing.assert_close(resident.model(**batch).logits, stock(**batch).logits, rtol=0, atol=1e-6)
+    for module in shape.modules:
+        layer = stock.base_model.model.get_submodule(module.name)
+        for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
+            ours = resident.parameters[f"{module.name}.{side}"].grad
+            torch.testing.assert_close(ours, part["default"].weight.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_only_adapters_and_head_train() -> None:
+    resident = tiny_resident()
+    resident.mount(Structure.full(resident.shape), random_arrays(resident))
+    trainable = {name for name, p in resident.model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 2 * len(TARGETS) + 2
+    assert all("lora_" in name or name.startswith("classifier") for name in trainable)
+
+
+def test_update_norm_is_the_dense_frobenius_norm() -> None:
+    resident = tiny_resident()
+    shape = resident.shape
+    before, after = random_arrays(resident, 4, 1), random_arrays(resident, 4, 2)
+    dense = [
+        2.0 * (after[f"{m.name}.B"] @ after[f"{m.name}.A"] - before[f"{m.name}.B"] @ before[f"{m.name}.A"])
+        for m in shape.modules
+    ]
+    expected = float(np.sqrt(sum(np.sum(d.astype(np.float64) ** 2) for d in dense)))
+    assert abs(update_norm(before, after, shape, 2.0) - expected) < 1e-4 * expected

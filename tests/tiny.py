@@ -1,0 +1,85 @@
+"""Tiny random models and arrays that many tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+from fedspine.lora.resident import ResidentModel
+from fedspine.structure import ModelShape, Structure
+from fedspine.types import Array, Scores
+
+TARGETS = ("q", "v", "o", "up", "down")
+
+
+def tiny_model(family: str = "bert", seed: int = 0) -> nn.Module:
+    settings = {
+        "vocab_size": 60,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "max_position_embeddings": 40,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "num_labels": 3,
+        "pad_token_id": 1,
+        "initializer_range": 0.3,
+    }
+    classes = {
+        "bert": (BertConfig, BertForSequenceClassification),
+        "roberta": (RobertaConfig, RobertaForSequenceClassification),
+    }
+    make_config, make_model = classes[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make_model(make_config(**settings)).eval()
+        for parameter in model.parameters():  # biases start at zero, which would hide errors in cutting them
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def tiny_resident(family: str = "bert", targets: tuple[str, ...] = TARGETS, rank: int = 6) -> ResidentModel:
+    return ResidentModel(tiny_model(family), family, targets, rank, 2.0)
+
+
+def random_arrays(resident: ResidentModel, rank: int = 6, seed: int = 0) -> dict[str, Array]:
+    """Adapters in full coordinates with non-zero B, and the model's head."""
+    rng = np.random.default_rng(seed)
+    arrays = dict(resident.head_arrays())
+    for module in resident.shape.modules:
+        arrays[f"{module.name}.A"] = rng.normal(0, 0.2, (rank, module.d_in)).astype(np.float32)
+        arrays[f"{module.name}.B"] = rng.normal(0, 0.2, (module.d_out, rank)).astype(np.float32)
+    return arrays
+
+
+def random_scores(shape: ModelShape, seed: int = 0) -> Scores:
+    rng = np.random.default_rng(seed)
+    return tuple(
+        (rng.random(shape.heads, dtype=np.float32) + 0.01, rng.random(shape.channels, dtype=np.float32) + 0.01)
+        for _ in range(shape.layers)
+    )
+
+
+def uneven_structure(shape: ModelShape, seed: int = 0) -> Structure:
+    """Another number of heads and channels in every layer."""
+    rng = np.random.default_rng(seed)
+    masks = []
+    for layer in range(shape.layers):
+        heads, channels = np.zeros(shape.heads, bool), np.zeros(shape.channels, bool)
+        heads[rng.choice(shape.heads, 1 + layer % shape.heads, replace=False)] = True
+        channels[rng.choice(shape.channels, shape.channels // 2 - 3 * layer, replace=False)] = True
+        masks.append((heads, channels))
+    return Structure.from_masks(masks)
+
+
+def tokens(rows: int = 3, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 60, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    ids[mask == 0] = 1
+    return {"input_ids": ids, "attention_mask": mask}
