@@ -80,8 +80,8 @@ def _writer(rng: np.random.Generator) -> _Writer:
         subject,
         (*good, *map(str, rng.choice(_GOOD, 3, replace=False))),
         (*bad, *map(str, rng.choice(_BAD, 3, replace=False))),
-        ("", *map(str, rng.choice(_OPENERS, 2, replace=False))),
-        ("", *map(str, rng.choice(_CLOSERS, 2, replace=False))),
+        ("", "", "", str(rng.choice(_OPENERS))),
+        ("", "", "", str(rng.choice(_CLOSERS))),
         rng.dirichlet(np.full(4, 2.0)),
         float(rng.uniform(0.1, 0.5)),
         0.85 * rng.dirichlet(np.full(len(CLASSES), 1.0)) + 0.05,
@@ -134,7 +134,7 @@ def _side(person: _Writer, aspect: str, good: bool, rng: np.random.Generator) ->
     verb = str(rng.choice(["is", "was", "seems"]))
     if rng.random() < person.denial:
         return f"the {aspect} {verb} {rng.choice(_DENIALS)} {_word(person, not good, rng)}"
-    stress = f"{rng.choice(_STRESS)} " if rng.random() < 0.4 else ""
+    stress = f"{rng.choice(_STRESS)} " if rng.random() < 0.2 else ""
     return f"the {aspect} {verb} {stress}{_word(person, good, rng)}"
 
 

@@ -123,7 +123,7 @@ def _backend_config(workers: int, directory: str) -> dict[str, Any]:
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": directory,
         },
-        # These are the options of an actor: a worker that dies is started again and loses only its message.
+        # These are the options of an actor: a worker that dies is started again. Until it is up, its messages fail.
         "client_resources": {"num_cpus": 1, "num_gpus": 0, "max_restarts": -1},
     }
 

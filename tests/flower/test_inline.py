@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 
 from fedspine.errors import ConfigError, FederationError, FedSpineError, ModelError
 from fedspine.federation import Exchange
-from fedspine.flower.client_app import make_client_app, require_same_root
+from fedspine.flower.client_app import identity, make_client_app, package_root, require_same_root
 from fedspine.flower.engines import run_federation
 from fedspine.flower.exchange import GridExchange
 from fedspine.flower.inline import FIRST_NODE_ID, InlineGrid
@@ -202,3 +202,10 @@ def test_server_app_takes_the_run_configuration(app: ClientApp) -> None:
 def test_wrong_engines_are_refused(app: ClientApp, choice: dict[str, Any]) -> None:
     with pytest.raises(FedSpineError, match=next(iter(choice))):
         run_federation(lambda exchange: None, devices=1, client_app=app, **choice)
+
+
+def test_a_worker_with_another_copy_of_the_code_is_refused() -> None:
+    context = Context(1, 1, {"partition-id": 3}, RecordDict(), {})
+    assert identity(context, package_root()) == 3
+    with pytest.raises(FederationError, match="a worker imported fedspine from"):
+        identity(context, "elsewhere/fedspine")

