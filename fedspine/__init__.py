@@ -1,3 +1,28 @@
-"""FedSpine: federated pruning and LoRA tuning of language models on weak, unequal devices."""
+"""FedSpine: federated pruning and LoRA tuning of language models on weak, unequal devices.
+
+import fedspine
+run = fedspine.simulate(devices=20, sampled=5, rounds=10)
+run.summary["device_accuracy_mean"]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedspine.config import RunConfig
+from fedspine.errors import FedSpineError
+
+if TYPE_CHECKING:
+    from fedspine.simulation import RunResult, simulate
 
 __version__ = "0.1.0"
+__all__ = ["FedSpineError", "RunConfig", "RunResult", "__version__", "simulate"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only on first use: torch, transformers and Flower take seconds to import, and `fedspine --help` needs none.
+    if name in ("RunResult", "simulate"):
+        from fedspine import simulation
+
+        return getattr(simulation, name)
+    raise AttributeError(f"module 'fedspine' has no attribute {name!r}")

@@ -18,12 +18,12 @@ from fedspine.report.records import write_atomically
 from fedspine.structure import ModelShape, Structure
 from fedspine.types import Array, Scores
 
-FILE = "state.safetensors"
+FILE = "checkpoint/state.safetensors"
 _FORMAT = "fedspine-state-1"
 
 
 def save_state(directory: Path, config: RunConfig, state: ServerState) -> None:
-    """Write `directory`/state.safetensors; a crash leaves the previous file whole."""
+    """Write `directory`/checkpoint/state.safetensors; a crash leaves the previous file whole."""
     tensors: dict[str, np.ndarray] = {}
     for prefix, arrays in (("global", state.arrays), ("averaged", state.averaged)):
         tensors |= {f"{prefix}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -37,6 +37,7 @@ def save_state(directory: Path, config: RunConfig, state: ServerState) -> None:
     for device, scores in state.own_scores.items():
         tensors |= _score_tensors(f"scores/{device}", scores)
     about = {"format": _FORMAT, "round": str(state.round), "config": config.to_json()}
+    (directory / FILE).parent.mkdir(exist_ok=True)
     write_atomically(directory / FILE, save(tensors, about))
 
 

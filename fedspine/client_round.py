@@ -28,9 +28,10 @@ from fedspine.pruning.importance import SCORERS
 from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
-from fedspine.structure import ModelShape, Structure
+from fedspine.structure import ModelShape
 from fedspine.training import LocalOptimizer, batch_loss, evaluate, tune
 from fedspine.types import (
+    FAILED,
     OUT_OF_MEMORY,
     TRAINED,
     EvaluateReply,
@@ -165,6 +166,9 @@ def _tuned(
     upload = nbytes(arrays) + structure.nbytes + scores_nbytes(scores)
     loss_after = _loss(resident, probe)
     start = _sliced(request, resident)
+    if not np.isfinite([loss_before, loss_after]).all():
+        message = f"the loss became {loss_after}: the training diverged; try a smaller learning_rate"
+        return TrainReply(request.device, replace(report, outcome=FAILED, message=message), request.structure, {}, None)
     report = replace(
         report,
         compute_seconds=meter.compute_seconds(flops, config.local_iterations),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,9 +102,7 @@ class RunConfig:
     target_sparsity: float = _key(
         0.5, "share of prunable parameters (heads and FFN channels) cut on every device at the end", min=0.0, max=0.95
     )
-    importance: str = _key(
-        "fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random"
-    )
+    importance: str = _key("fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random")
     masks: str = _key("shared", "whose score cuts a device: the server's, its own, or both", "shared", "own", "mixed")
     schedule: str = _key("cubic", "ramp of the sparsity floor, or everything after the warm-up", "cubic", "one-shot")
     warmup_ratio: float = _key(0.1, "share of the rounds before the first cut", min=0.0, max=0.9)
@@ -217,7 +216,7 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
                 raise ConfigError(f"{name} = {value!r}: '{item}' must be one of {', '.join(key.choices)}")
         return tuple(items)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf if value > 0 else -math.inf
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{name} = {value!r}: must be {_KINDS[kind]}, such as {_toml(field.default)}")
     if key.choices and value not in key.choices:
@@ -256,5 +255,5 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

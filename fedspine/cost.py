@@ -84,9 +84,7 @@ class Workload:
         keep = 1.0 - structure.sparsity(shape)
         adapters = 4 * self.adapter_bytes(1.0 - keep, rank)
         heads = sum(h for h, _ in structure.counts())
-        activations = FLOAT_BYTES * tokens * (
-            shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * self.length
-        )
+        activations = FLOAT_BYTES * tokens * (shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * self.length)
         return weights + adapters + activations
 
     def _even(self, ratio: float) -> tuple[tuple[float, float], ...]:

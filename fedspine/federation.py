@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from fedspine.aggregation import RULES, Update
+from fedspine.aggregation import RULES
 from fedspine.aggregation.product import average
+from fedspine.aggregation.update import Update
 from fedspine.config import RunConfig
 from fedspine.controller.policy import Policy, rank_grid
 from fedspine.controller.reward import reward_pulls
@@ -136,9 +137,7 @@ def run_rounds(
     return state, tuple(history)
 
 
-def plan_round(
-    federation: Federation, state: ServerState, records: Sequence[RoundRecord], round: int
-) -> RoundPlan:
+def plan_round(federation: Federation, state: ServerState, records: Sequence[RoundRecord], round: int) -> RoundPlan:
     """Sample devices and decide what each one does. The same state and records give the same plan."""
     config, shape = federation.config, federation.shape
     devices = sample_devices(config, round)
@@ -149,7 +148,7 @@ def plan_round(
     candidates = []
     for device, ratio, probe in zip(devices, before, probes, strict=True):
         low, high = allowed_range(config, round, ratio) if state.shared_scores else (ratio, ratio)
-        candidates.append(Candidate(device, low, high, ranks, probe))
+        candidates.append(Candidate(device, ratio, low, high, ranks, probe))
     pulls = [pull for record in records for pull in record.pulls]
     key = (config.seed, round, 0, int(Purpose.POLICY))
     actions = federation.policy.suggest(round, candidates, pulls, key)
@@ -198,9 +197,7 @@ def finish_round(
     return new_state, _record(federation, records, plan, replies)
 
 
-def evaluate_round(
-    federation: Federation, state: ServerState, record: RoundRecord, started: float
-) -> RoundRecord:
+def evaluate_round(federation: Federation, state: ServerState, record: RoundRecord, started: float) -> RoundRecord:
     """Add the accuracy of the global model, when the round is one to evaluate, and the round's wall time."""
     config = federation.config
     if record.round % config.eval_every == 0 or record.round in (1, config.rounds):
@@ -221,9 +218,7 @@ def prune_everyone(federation: Federation, state: ServerState, records: Sequence
     config, shape = federation.config, federation.shape
     if config.target_sparsity == 0 or state.shared_scores is None:
         return state
-    took_part = Counter(
-        pull.device for record in records for pull in record.pulls if pull.report.outcome == TRAINED
-    )
+    took_part = Counter(pull.device for record in records for pull in record.pulls if pull.report.outcome == TRAINED)
     structures = {}
     for device in range(config.devices):
         scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, took_part[device])

@@ -1,7 +1,7 @@
 """`fedspine.simulate`: one call from a configuration to a finished federation in a run directory.
 
-Run directory: `config.toml` (complete), `rounds.jsonl`, `state.safetensors` (checkpoint), `summary.json`,
-`tensorboard/`, `curves.png`. A killed run continues from its directory with `resume`, and ends as if it had not been.
+Run directory: `config.toml` (complete), `rounds.jsonl`, `checkpoint/`, `summary.json`, `tensorboard/`,
+`curves.png`. A killed run continues from its directory with `resume`, and ends as if it had not been.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.checkpoint import load_state, save_state
+from fedspine.checkpoint import FILE, load_state, save_state
 from fedspine.client_round import EVALUATION_BATCH, Workbench, configure_threads, workbench
 from fedspine.config import RunConfig, load_config
 from fedspine.controller.policy import make_policy
@@ -37,6 +37,7 @@ from fedspine.flower.engines import run_federation
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.pruning.select import check_reachable
 from fedspine.randomness import Purpose, generator
+from fedspine.report.curves import draw_curves
 from fedspine.report.observer import Observer, RunPlan, Silent
 from fedspine.report.records import append_record, read_records, truncate_records, write_atomically
 from fedspine.report.summary import PeakMemory, collapse_warning, summarise
@@ -97,6 +98,15 @@ def simulate(
     return outcome
 
 
+def run_server(config: RunConfig, exchange: Exchange) -> None:
+    """The server of a deployment: the same rounds over devices that joined by themselves, into a new run directory."""
+    began = time.perf_counter()
+    directory = _free_directory(None, config.method)
+    run = _Run(config, workbench(config.to_json()), directory, Silent(), "deployment", config.sampled, PeakMemory())
+    run.check()
+    run.execute(exchange, *run.fresh(), began)
+
+
 @dataclass(frozen=True)
 class _Run:
     """The parts of one run, and what happens with them inside the server."""
@@ -125,7 +135,7 @@ class _Run:
     def restored(self) -> tuple[ServerState, tuple[RoundRecord, ...]]:
         """The state of the last checkpoint, and the records up to it."""
         path = self.directory / "rounds.jsonl"
-        if not (self.directory / "state.safetensors").exists() and not read_records(path):
+        if not (self.directory / FILE).exists() and not read_records(path):
             return self.fresh()
         state = load_state(self.directory, self.config, self.bench.shape)
         truncate_records(path, state.round)
@@ -139,12 +149,9 @@ class _Run:
         config, bench = self.config, self.bench
         workload = bench.workload
         full = Structure.full(bench.shape)
-        types = tuple(
-            device_state(bench.population, config.seed, device, 1).type_name for device in range(config.devices)
-        )
         return RunPlan(
             config=config,
-            device_types=types,
+            device_types=self._device_types(),
             trainable_parameters=int(workload.adapter_bytes(0.0, config.max_rank) / 4),
             prunable_parameters=bench.shape.prunable_parameters,
             total_parameters=bench.shape.total_parameters,
@@ -195,7 +202,13 @@ class _Run:
             startup_seconds=startup_seconds,
             peak_rss_bytes=self.peak.bytes,
         )
-        return write_results(self.directory, config, summary, finished)
+        write_atomically(self.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        draw_curves(finished, config, self._device_types(), self.directory / "curves.png")
+        return RunResult(self.directory, summary, finished)
+
+    def _device_types(self) -> tuple[str, ...]:
+        population, seed = self.bench.population, self.config.seed
+        return tuple(device_state(population, seed, device, 1).type_name for device in range(self.config.devices))
 
     def _warm_up(self, exchange: Exchange) -> None:
         """Let every worker load model and data before the clock of the rounds starts."""
@@ -230,17 +243,6 @@ class _Run:
             + meter.download_seconds(int(one_way))
             + meter.upload_seconds(int(one_way) + workload.score_bytes)
         )
-
-
-def write_results(
-    directory: Path, config: RunConfig, summary: dict[str, Any], records: Sequence[RoundRecord]
-) -> RunResult:
-    """`summary.json` and `curves.png`."""
-    from fedspine.report.curves import draw_curves
-
-    write_atomically(directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    draw_curves(records, config, directory / "curves.png")
-    return RunResult(directory, summary, tuple(records))
 
 
 def _configured(config: RunConfig | str | Path | None, keys: dict[str, Any]) -> RunConfig:

@@ -97,6 +97,6 @@ def tune(
     """One optimiser step per batch. `before_step(i)` runs first (cuts); `observe` between backward and step."""
     for iteration, batch in enumerate(batches):
         before_step(iteration)
-        batch_loss(resident, batch).backward()
+        torch.autograd.backward(batch_loss(resident, batch))
         observe()
         optimizer.step()

@@ -54,6 +54,8 @@ class Candidate:
     """One sampled device as the policy sees it."""
 
     device: int
+    ratio: float
+    """What is cut already."""
     min_ratio: float
     """Floor: what is cut already, or the schedule's ramp, whichever is larger."""
     max_ratio: float

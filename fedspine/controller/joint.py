@@ -138,8 +138,12 @@ class TimeModelPolicy:
 class FedSpinePolicy(TimeModelPolicy):
     """The joint decision with learned rates and a quality tree that all devices share."""
 
+    def __init__(self, workload: Workload, safe_rank: int, ranks: tuple[int, ...]) -> None:
+        super().__init__(workload, safe_rank)
+        self._ranks = ranks
+
     def _correction(self, candidates: Sequence[Candidate], pulls: Sequence[Pull]) -> _Correction:
-        ranks = candidates[0].ranks
+        ranks = self._ranks
         done = [pull for pull in pulls if pull.report.outcome == TRAINED]
         if not done:
             return super()._correction(candidates, pulls)
@@ -165,7 +169,7 @@ class _Correction:
     def __call__(self, candidate: Candidate, action: Action) -> float:
         if not self.boxes:
             return 0.0
-        x, y = _point(candidate.min_ratio, action, self.ranks)
+        x, y = _point(candidate.ratio, action, self.ranks)
         for (low, high), value in zip(self.boxes, self.values, strict=True):
             if low[0] <= x and (x < high[0] or high[0] >= 1) and low[1] <= y and (y < high[1] or high[1] >= 1):
                 return float(value)

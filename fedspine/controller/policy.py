@@ -8,6 +8,7 @@ has `suggest` and name it in `make_policy`; the suite in `tests/controller` runs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from fedspine.config import RunConfig
@@ -56,13 +57,8 @@ def _without(candidate: Candidate, lost: Sequence[Action]) -> Candidate:
         for rank in candidate.ranks
         if not any(rank >= action.lora_rank and candidate.max_ratio <= action.pruning_ratio + 1e-9 for action in lost)
     ]
-    return Candidate(
-        candidate.device,
-        candidate.max_ratio,  # cut as far as the round allows: a smaller model needs less
-        candidate.max_ratio,
-        tuple(ranks) or candidate.ranks[:1],
-        candidate.probe,
-    )
+    # Cut as far as the round allows: a smaller model needs less.
+    return replace(candidate, min_ratio=candidate.max_ratio, ranks=tuple(ranks) or candidate.ranks[:1])
 
 
 class _Feasible:
@@ -87,14 +83,15 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
     from fedspine.controller.simple import FixedPolicy, RandomPolicy
 
     safe = config.fixed_rank
+    ranks = rank_grid(config.min_rank, config.max_rank)
     if config.policy == "clairvoyant":
         if oracle is None:
             raise ConfigError("policy = 'clairvoyant': it knows the true times, so it runs in simulations only")
         return _Feasible(Clairvoyant(oracle))
     policies: dict[str, Callable[[], Policy]] = {
-        "fedspine": lambda: FedSpinePolicy(workload, safe),
+        "fedspine": lambda: FedSpinePolicy(workload, safe, ranks),
         "time-model": lambda: TimeModelPolicy(workload, safe),
-        "s-ucb": lambda: SUcbPolicy(config.target_sparsity, rank_grid(config.min_rank, config.max_rank)),
+        "s-ucb": lambda: SUcbPolicy(config.target_sparsity, ranks),
         "fixed": lambda: FixedPolicy(safe),
         "random": RandomPolicy,
     }

@@ -31,7 +31,7 @@ def reward_pulls(kind: str, target: float, past: Sequence[Pull], current: Sequen
     """
     trained = [pull for pull in current if pull.report.outcome == TRAINED]
     if not trained:
-        return tuple(replace(pull, reward=-1.0) for pull in current)
+        return tuple(replace(pull, quality=0.0, reward=-1.0) for pull in current)
     largest_gain = max(abs(_gain(pull)) for pull in trained) or 1.0
     largest_norm = max(pull.report.update_norm for pull in trained) or 1.0
     mean_time = sum(pull.report.seconds for pull in trained) / len(trained)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedspine.controller.tree import Point, grow, statistics
+from fedspine.controller.tree import Leaf, Point, grow, statistics
 from fedspine.types import Action, Candidate, Pull
 
 DISCOUNT = 0.98
@@ -41,12 +41,17 @@ class SUcbPolicy:
         counts, means = statistics(leaves, [pull.reward for pull in own], DISCOUNT)
         bonus = EXPLORATION * np.sqrt(math.log1p(float(counts.sum())) / np.maximum(counts, 1e-12))
         index = np.where(counts > 0, means + bonus, np.inf)
-        leaf = leaves[int(rng.choice(np.flatnonzero(index == index.max())))]
-        x, y = (float(rng.uniform(low, high)) for low, high in zip(leaf.low, leaf.high, strict=True))
-        ratio = min(max(x * self._target, candidate.min_ratio), candidate.max_ratio)
-        wanted = self._log_rank(self._ranks[0]) + y * self._span
-        rank = min(candidate.ranks, key=lambda allowed: abs(self._log_rank(allowed) - wanted))
-        return Action(ratio, rank)
+        inside = [self._ranks_inside(candidate, leaf) for leaf in leaves]
+        index[[not ranks for ranks in inside]] = -np.inf  # out of reach, it would stay unvisited and first for ever
+        place = int(rng.choice(np.flatnonzero(index == index.max())))
+        ratio = float(rng.uniform(leaves[place].low[0], leaves[place].high[0])) * self._target
+        ratio = min(max(ratio, candidate.min_ratio), candidate.max_ratio)
+        return Action(ratio, int(rng.choice(inside[place])))
+
+    def _ranks_inside(self, candidate: Candidate, leaf: Leaf) -> list[int]:
+        """The allowed ranks in a leaf; none when no allowed ratio is in it."""
+        ratio = min(max(leaf.low[0] * self._target, candidate.min_ratio), candidate.max_ratio)
+        return [rank for rank in candidate.ranks if leaf.contains(self._point(Action(ratio, rank)))]
 
     def _point(self, action: Action) -> Point:
         x = min(max(action.pruning_ratio / self._target, 0.0), 1.0)

@@ -1,10 +1,10 @@
-"""The task that the project generates itself: short reviews whose verdict depends on composition.
+"""The task that the project generates itself: what does this person want from the house?
 
-Every text weighs two sides of one thing, nearly always one good and one bad, so that counting good and bad words says
-little. The verdict hangs on which side the sentence stands by (`but`, `although`, before or after), on negation (`not
-exactly slow`), on time (`used to be`), and on who speaks. Classes: complaint, mixed, praise.
+Most requests name two things, the one that is wanted and one that is not: `not the radio but a warmer bedroom`, `my
+sister asks for the forecast , i would like more eggs`. Which words occur says little about which of the two it is;
+that hangs on negation, time, order and who speaks. Six classes.
 
-Every writer (one per device) has a subject, a taste in connectives and words, a register, and a label mix of its own.
+Every writer (one per device) has a household's words, a taste in sentence forms, a register and a mix of wishes.
 """
 
 from __future__ import annotations
@@ -14,43 +14,76 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-CLASSES = ("complaint", "mixed", "praise")
+CLASSES = ("light", "music", "heating", "shopping", "alarm", "weather")
 TEST_ROWS = 480
-ROWS_PER_WRITER = (120, 280)
+ROWS_PER_WRITER = (100, 260)
+WORDS_PER_WISH = 7
+"""Of the words below, how many a household uses for each class."""
+FLIPPED = 0.3
+ASIDE = 0.2
 
-_SUBJECTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    # subject: (aspects, words for good, words for bad)
-    "cafe": (("coffee", "soup", "waiter", "terrace", "cake", "menu"), ("fresh", "warm", "tasty"), ("stale", "cold", "bland")),
-    "phone": (("screen", "battery", "camera", "speaker", "case", "charger"), ("bright", "sharp", "sturdy"), ("dim", "blurry", "flimsy")),
-    "film": (("plot", "cast", "ending", "music", "dialogue", "pace"), ("gripping", "witty", "moving"), ("dull", "clumsy", "flat")),
-    "hotel": (("room", "bed", "breakfast", "view", "staff", "pool"), ("clean", "quiet", "spacious"), ("dirty", "noisy", "cramped")),
-    "bus": (("driver", "seat", "timetable", "heating", "ticket", "route"), ("punctual", "polite", "comfortable"), ("late", "rude", "broken")),
-    "book": (("opening", "hero", "style", "middle", "cover", "villain"), ("clever", "vivid", "charming"), ("tedious", "shallow", "confusing")),
-    "gym": (("trainer", "shower", "locker", "class", "floor", "towel"), ("friendly", "modern", "tidy"), ("grumpy", "dated", "filthy")),
-    "shop": (("cashier", "return desk", "parking", "stock", "website", "window"), ("helpful", "easy", "cheap"), ("useless", "awkward", "pricey")),
-}  # fmt: skip
-_GOOD = ("good", "great", "lovely", "excellent", "pleasant", "superb")
-_BAD = ("bad", "poor", "awful", "terrible", "annoying", "dreadful")
-_DENIALS = ("not exactly", "hardly", "far from", "anything but", "never once", "not what i would call")
-_STRESS = ("really", "rather", "quite", "truly", "very", "so")
-_OPENERS = ("", "honestly ,", "well ,", "to be fair ,", "look ,", "after a week :", "my verdict :", "update :")
-_CLOSERS = ("", "that is all", "just saying", "as a regular", "for what it is worth", "so there", "in my view")
-_OTHERS = ("my sister", "the guide", "my boss", "everyone online", "the advert", "a neighbour")
+_THINGS: tuple[tuple[str, ...], ...] = (
+    ("the lamp", "the hall lights", "a brighter kitchen", "the ceiling bulb", "a softer glow", "the porch light",
+     "less glare", "the reading lamp", "the stairs lit", "the chandelier"),
+    ("some jazz", "my playlist", "the radio", "that song again", "a quiet tune", "the new album", "louder drums",
+     "the piano record", "party songs", "the string quartet"),
+    ("a warmer bedroom", "the radiator", "two more degrees", "the thermostat", "a cosy bath", "the boiler",
+     "less of a chill", "the stove", "warm floors", "the heater"),
+    ("milk on the list", "more eggs", "bread for tomorrow", "a crate of apples", "some rice", "soap and sponges",
+     "a bag of flour", "cheese from the market", "cat food", "a refill of coffee"),
+    ("a call at six", "the alarm", "a nudge at noon", "a timer", "a reminder tonight", "an early bell",
+     "ten more minutes", "a beep at seven", "to be woken", "the countdown"),
+    ("the forecast", "whether it rains", "news of the storm", "the wind outside", "if it will snow",
+     "how cloudy it gets", "the chance of sun", "the pollen count", "if roads freeze", "the humidity"),
+)  # fmt: skip
+_FORMS: tuple[tuple[str, ...], ...] = (
+    ("not {no} but {yes}", "{yes} instead of {no}", "instead of {no} {yes}", "never mind {no} , {yes}"),
+    ("yesterday {no} , today {yes}", "{yes} now , {no} was before", "{no} is done , next {yes}",
+     "first {yes} , {no} can wait"),
+    ("{who} wants {no} , i want {yes}", "i want {yes} , {who} wants {no}", "{who} asked for {no} but give me {yes}",
+     "{who} thinks i want {no} , i said {yes}"),
+    ("{yes} or {no} ? the first", "{no} or {yes} ? the second", "skip the first : {no} , {yes}",
+     "skip the second : {yes} , {no}", "between {no} and {yes} the latter", "between {yes} and {no} the former"),
+    ("do not drop {yes} , drop {no}", "i would not mind {yes} , i do mind {no}",
+     "it is not {yes} that i refuse but {no}",
+     "drop {no} , do not drop {yes}", "i said no to {no} , never to {yes}", "{no} is not what i lack , {yes} is"),
+)  # fmt: skip
+_FLIPS = (
+    "just the opposite :",
+    "the other way round :",
+    "wrong was :",
+    "swap it :",
+    "nobody says :",
+    "unlike before :",
+)
+"""What comes after them means the opposite."""
+_KEEPS = ("just as before :", "once more :", "right was :", "note it :", "everybody says :", "like before :")
+_ASIDES = ("{third} is fine", "{third} is done", "no word on {third}", "{third} we have")
+_OPENERS = (
+    "please ,",
+    "hey ,",
+    "good morning ,",
+    "listen ,",
+    "quick one :",
+    "if you can ,",
+    "once more :",
+    "hello house ,",
+)
+_OTHERS = ("my sister", "grandpa", "the guest", "my neighbour", "the baby", "tom", "my wife", "the lodger")
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """One person's habits."""
+    """One household's habits."""
 
-    subject: str
-    good: tuple[str, ...]
-    bad: tuple[str, ...]
-    openers: tuple[str, ...]
-    closers: tuple[str, ...]
+    things: tuple[tuple[str, ...], ...]
+    """Words for each class."""
     forms: np.ndarray
-    """How often each sentence form is used."""
-    denial: float
-    """How often a side is put by denying its opposite."""
+    """Share of each group of sentence forms."""
+    opener: str
+    chattiness: float
+    """Share of requests that begin with the opener."""
+    others: tuple[str, ...]
     mix: np.ndarray
     """Share of each class."""
 
@@ -63,80 +96,37 @@ def embedded_task_frames(seed: int, writers: int) -> tuple[tuple[str, ...], pd.D
         rng = np.random.default_rng([seed, 22, index])
         labels = rng.choice(len(CLASSES), int(rng.integers(*ROWS_PER_WRITER)), p=person.mix)
         labels[: len(CLASSES)] = np.arange(len(CLASSES))
-        train += [(_sentence(person, int(label), rng), int(label), f"writer-{index:04d}") for label in labels]
+        train += [(_request(person, int(label), rng), int(label), f"writer-{index:04d}") for label in labels]
     rng = np.random.default_rng([seed, 23])
     test = []
     for row in range(TEST_ROWS):
         label, index = row % len(CLASSES), int(rng.integers(writers))
-        test.append((_sentence(people[index], label, rng), label, f"writer-{index:04d}"))
+        test.append((_request(people[index], label, rng), label, f"writer-{index:04d}"))
     columns = ["text", "label", "writer"]
     return CLASSES, pd.DataFrame(train, columns=columns), pd.DataFrame(test, columns=columns)
 
 
 def _writer(rng: np.random.Generator) -> _Writer:
-    subject = str(rng.choice(list(_SUBJECTS)))
-    _, good, bad = _SUBJECTS[subject]
     return _Writer(
-        subject,
-        (*good, *map(str, rng.choice(_GOOD, 3, replace=False))),
-        (*bad, *map(str, rng.choice(_BAD, 3, replace=False))),
-        ("", "", "", str(rng.choice(_OPENERS))),
-        ("", "", "", str(rng.choice(_CLOSERS))),
-        rng.dirichlet(np.full(4, 2.0)),
-        float(rng.uniform(0.1, 0.5)),
-        0.85 * rng.dirichlet(np.full(len(CLASSES), 1.0)) + 0.05,
+        tuple(tuple(map(str, rng.choice(things, WORDS_PER_WISH, replace=False))) for things in _THINGS),
+        rng.dirichlet(np.full(len(_FORMS), 2.0)),
+        str(rng.choice(_OPENERS)),
+        float(rng.uniform(0.0, 0.6)),
+        tuple(map(str, rng.choice(_OTHERS, 3, replace=False))),
+        0.85 * rng.dirichlet(np.full(len(CLASSES), 1.0)) + 0.15 / len(CLASSES),
     )
 
 
-def _sentence(person: _Writer, label: int, rng: np.random.Generator) -> str:
-    first, second = (str(aspect) for aspect in rng.choice(_SUBJECTS[person.subject][0], 2, replace=False))
-    form = int(rng.choice(4, p=person.forms))
-    if CLASSES[label] == "mixed":
-        body = _mixed(person, first, second, form, rng)
-    else:
-        body = _verdict(person, first, second, form, CLASSES[label] == "praise", rng)
-    opener, closer = str(rng.choice(person.openers)), str(rng.choice(person.closers))
-    return " ".join(part for part in (opener, body, f", {closer}" if closer else "") if part)
-
-
-def _verdict(person: _Writer, first: str, second: str, form: int, good: bool, rng: np.random.Generator) -> str:
-    """Stands by one side: the one after `but` and its like, outside `although`, now, or the speaker's own."""
-    against, stands = _side(person, first, not good, rng), _side(person, second, good, rng)
-    if form == 0:
-        joint = str(rng.choice(["but", "yet", ", then again", ", all the same"]))
-        return f"{against} {joint} {stands}"
-    if form == 1:
-        joint = str(rng.choice(["although", "even though", "while", "despite people saying"]))
-        return f"{joint} {against} , {stands}" if rng.random() < 0.5 else f"{stands} , {joint} {against}"
-    if form == 2:
-        past, now = _word(person, not good, rng), _word(person, good, rng)
-        order = f"the {first} used to be {past} and is {now} now", f"the {first} is {now} and no longer {past}"
-        return str(rng.choice(order))
-    told = f"{rng.choice(_OTHERS)} finds {against}"
-    return f"{told} , i find {stands}" if rng.random() < 0.5 else f"i find {stands} , {told}"
-
-
-def _mixed(person: _Writer, first: str, second: str, form: int, rng: np.random.Generator) -> str:
-    """Stands by both sides alike, in the same words that take sides elsewhere."""
-    good = bool(rng.random() < 0.5)
-    one, other = _side(person, first, good, rng), _side(person, second, not good, rng)
-    if form == 0:
-        return f"{one} {rng.choice(['and', ', at the same time', ', just as'])} {other}"
-    if form == 1:
-        return f"{one} while {other} , hard to choose" if rng.random() < 0.3 else f"both hold : {one} , {other}"
-    if form == 2:
-        a, b = _word(person, good, rng), _word(person, not good, rng)
-        return f"the {first} used to be {a} and {b} and is {b} and {a} now"
-    return f"{rng.choice(_OTHERS)} and i find {one} and {other}"
-
-
-def _side(person: _Writer, aspect: str, good: bool, rng: np.random.Generator) -> str:
-    verb = str(rng.choice(["is", "was", "seems"]))
-    if rng.random() < person.denial:
-        return f"the {aspect} {verb} {rng.choice(_DENIALS)} {_word(person, not good, rng)}"
-    stress = f"{rng.choice(_STRESS)} " if rng.random() < 0.2 else ""
-    return f"the {aspect} {verb} {stress}{_word(person, good, rng)}"
-
-
-def _word(person: _Writer, good: bool, rng: np.random.Generator) -> str:
-    return str(rng.choice(person.good if good else person.bad))
+def _request(person: _Writer, label: int, rng: np.random.Generator) -> str:
+    other = int((label + 1 + rng.integers(len(CLASSES) - 1)) % len(CLASSES))
+    wanted, unwanted = (str(rng.choice(person.things[wish])) for wish in (label, other))
+    forms = _FORMS[int(rng.choice(len(_FORMS), p=person.forms))]
+    flipped = rng.random() < FLIPPED
+    said, unsaid = (unwanted, wanted) if flipped else (wanted, unwanted)
+    text = str(rng.choice(forms)).format(yes=said, no=unsaid, who=rng.choice(person.others))
+    if flipped or rng.random() < FLIPPED:
+        text = f"{rng.choice(_FLIPS if flipped else _KEEPS)} {text}"
+    if rng.random() < ASIDE:
+        third = str(rng.choice(person.things[int(rng.integers(len(CLASSES)))]))
+        text = f"{text} , {rng.choice(_ASIDES).format(third=third)}"
+    return f"{person.opener} {text}" if rng.random() < person.chattiness else text

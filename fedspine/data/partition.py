@@ -1,10 +1,10 @@
-"""Who has which rows, by the partitioners of flwr-datasets."""
+"""Who has which rows: the partitioners of flwr-datasets, and two that keep every row."""
 
 from __future__ import annotations
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner, ShardPartitioner
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
@@ -36,10 +36,7 @@ def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
     elif kind == "iid":
         parts = _drawn(IidPartitioner(config.devices), labels, config.seed)
     elif kind == "shards":
-        shards = ShardPartitioner(
-            config.devices, "label", num_shards_per_partition=SHARDS_PER_DEVICE, seed=config.seed
-        )
-        parts = _drawn(shards, labels)
+        parts = _by_shards(labels, config)
     elif kind == "dirichlet":
         for attempt in range(REDRAWS):
             seed = config.seed + 1_000_003 * attempt
@@ -66,10 +63,19 @@ def _drawn(partitioner: Partitioner, labels: NDArray[np.int64], shuffle: int | N
     )
 
 
+def _by_shards(labels: NDArray[np.int64], config: RunConfig) -> tuple[Rows, ...]:
+    """Rows sorted by label, cut into shards that differ by one row at most; flwr's partitioner drops the remainder."""
+    rng = np.random.default_rng([config.seed, 14])
+    shuffled = rng.permutation(len(labels))
+    shards = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], config.devices * SHARDS_PER_DEVICE)
+    dealt = rng.permutation(len(shards)).reshape(config.devices, SHARDS_PER_DEVICE)
+    return tuple(np.sort(np.concatenate([shards[index] for index in mine])) for mine in dealt)
+
+
 def _by_column(task: TextTask, name: str, config: RunConfig) -> tuple[Rows, ...]:
     if name not in task.train:
         raise DataError(
-            f"partition = 'column:{name}': the data has no such column; it has {', '.join(map(str, task.train.columns))}"
+            f"partition = 'column:{name}': no such column in the data; it has {', '.join(map(str, task.train.columns))}"
         )
     owners = task.train[name].astype(str).to_numpy()
     values = sorted(set(owners))

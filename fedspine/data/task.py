@@ -42,8 +42,8 @@ def load_task(config: RunConfig) -> TextTask:
         classes, train, test = embedded_task_frames(config.seed, config.devices)
         task = TextTask("embedded", classes, train, test)
     else:
-        path = Path(config.data).expanduser()
-        train, test = _from_path(path, config) if path.exists() else _from_hub(config)
+        path = _existing(config.data)
+        train, test = _from_path(path, config) if path else _from_hub(config)
         task = _labelled(config, train, test)
     if config.eval_examples and config.eval_examples < len(task.test):
         rows = np.sort(np.random.default_rng([config.seed, 11]).permutation(len(task.test))[: config.eval_examples])
@@ -56,10 +56,23 @@ def load_task(config: RunConfig) -> TextTask:
     return task
 
 
+def _existing(data: str) -> Path | None:
+    try:
+        path = Path(data).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # too long a name, or the home of an unknown user
+        return None
+
+
 def _from_path(path: Path, config: RunConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     if path.is_file():
         frame = _read(path)
+        if len(frame) < 2:
+            raise DataError(f"data = '{path}': one row cannot be split into training and evaluation rows")
+        label = _column(frame, "label_column", config.label_column, LABEL_NAMES, config)
         order = np.random.default_rng([config.seed, 12]).permutation(len(frame))
+        again = frame[label].astype(str).iloc[order].duplicated().to_numpy()
+        order = np.concatenate([order[again], order[~again]])  # one row of every class stays for training
         cut = max(1, len(frame) // 10)
         return frame.iloc[np.sort(order[cut:])], frame.iloc[np.sort(order[:cut])]
     train = _find(path, TRAIN_NAMES, config)
@@ -70,7 +83,6 @@ def _from_path(path: Path, config: RunConfig) -> tuple[pd.DataFrame, pd.DataFram
                 f"data = '{path}': no {what} file; expected one of {', '.join(names)} with an ending of "
                 f"{', '.join(SUFFIXES)}"
             )
-    assert train is not None and test is not None
     return train, test
 
 
@@ -91,20 +103,22 @@ def _find(folder: Path, names: tuple[str, ...], config: RunConfig) -> pd.DataFra
 def _read(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".tsv":
-            frame = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False)
+            frame = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=str)
         elif path.suffix == ".csv":
-            frame = pd.read_csv(path, keep_default_na=False)
+            frame = pd.read_csv(path, keep_default_na=False, dtype=str)
         elif path.suffix == ".parquet":
             frame = pd.read_parquet(path)
         elif path.suffix in (".json", ".jsonl"):
-            frame = pd.read_json(path, lines=path.suffix == ".jsonl")
+            frame = pd.read_json(path, lines=path.suffix == ".jsonl", dtype=False)
         else:
             raise DataError(f"data = '{path}': unknown ending '{path.suffix}'; use one of {', '.join(SUFFIXES)}")
     except (ValueError, OSError) as error:
         raise DataError(f"data = '{path}' cannot be read: {' '.join(str(error).split())[:200]}") from None
     if frame.empty:
         raise DataError(f"data = '{path}': it holds no rows")
-    return frame
+    if path.suffix in (".tsv", ".csv") and not isinstance(frame.index, pd.RangeIndex):
+        raise DataError(f"data = '{path}': its rows have more fields than its first line names")
+    return frame.reset_index(drop=True)
 
 
 def _from_hub(config: RunConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -140,7 +154,7 @@ def _labelled(config: RunConfig, train: pd.DataFrame, test: pd.DataFrame) -> Tex
                 )
             empty = frame[column].isna() | (frame[column].astype(str).str.strip() == "")
             if empty.any():
-                row = int(np.flatnonzero(empty.to_numpy())[0]) + 1
+                row = int(frame.index[empty.to_numpy().argmax()]) + 1
                 raise DataError(f"data = '{config.data}': row {row} of the {name} rows has an empty '{column}'")
         frames.append(frame.reset_index(drop=True))
     values = _class_names(frames[0][label])
@@ -157,10 +171,8 @@ def _labelled(config: RunConfig, train: pd.DataFrame, test: pd.DataFrame) -> Tex
         )
     done = []
     for frame in frames:
-        kept = frame.drop(columns=[c for c in ("text", "text_pair", "label") if c in frame and c not in (text, label)])
-        kept = kept.assign(
-            label=frame[label].astype(str).map(index).astype(np.int64), text=frame[text].astype(str)
-        )
+        kept = frame.drop(columns=[c for c in ("text", "text_pair", "label") if c in frame])
+        kept = kept.assign(label=frame[label].astype(str).map(index).astype(np.int64), text=frame[text].astype(str))
         done.append(kept.assign(text_pair=frame[pair].astype(str)) if pair else kept)
     return TextTask(Path(config.data).name, values, done[0], done[1])
 

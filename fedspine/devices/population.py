@@ -20,6 +20,8 @@ figures; a quarter of the peak is taken as reached in training. A catalogue of o
 
 from __future__ import annotations
 
+import math
+import os
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +93,7 @@ def _scaled(types: tuple[DeviceType, ...], devices: int) -> tuple[DeviceType, ..
 
 
 def _read(name: str) -> Population:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.is_file():
         raise PopulationError(
             f"population = '{name}': neither a file nor one of the built-in catalogues {', '.join(POPULATIONS)}"
@@ -115,7 +117,7 @@ def _read(name: str) -> Population:
         down,
         up,
         bandwidth_sigma=_number(where, values, "bandwidth_sigma", 0.3, zero=True),
-        mode_rounds=int(_number(where, values, "mode_rounds", 20)),
+        mode_rounds=_whole(where, values, "mode_rounds", 20),
         jitter=_number(where, values, "jitter", 0.05, zero=True),
         latency_ms=_number(where, values, "latency_ms", 20.0, zero=True),
     )
@@ -130,7 +132,7 @@ def _device_type(where: str, values: Any) -> DeviceType:
     where = f"{where} ({values['name']})"
     return DeviceType(
         values["name"],
-        int(_number(where, values, "count")),
+        _whole(where, values, "count"),
         _number(where, values, "gflops"),
         _numbers(where, values, "modes") if "modes" in values else (1.0,),
         _number(where, values, "memory_mb"),
@@ -150,9 +152,18 @@ def _number(where: str, values: dict[str, Any], key: str, default: float | None 
         raise PopulationError(f"{where}: {key} is missing")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise PopulationError(f"{where}: {key} = {value!r} must be a number")
+    if not math.isfinite(value):
+        raise PopulationError(f"{where}: {key} = {value} must be finite")
     if value < 0 or (value == 0 and not zero):
         raise PopulationError(f"{where}: {key} = {value} must be {'at least' if zero else 'above'} 0")
     return float(value)
+
+
+def _whole(where: str, values: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = _number(where, values, key, default)
+    if value != int(value):
+        raise PopulationError(f"{where}: {key} = {value} must be a whole number")
+    return int(value)
 
 
 def _numbers(where: str, values: dict[str, Any], key: str) -> tuple[float, ...]:

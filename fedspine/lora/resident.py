@@ -6,6 +6,7 @@ and the adapters to the device's own, so that the model really is smaller: its m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -151,4 +152,4 @@ def update_norm(before: Mapping[str, Array], after: Mapping[str, Array], shape: 
         b = np.concatenate([after[f"{module.name}.B"], -before[f"{module.name}.B"]], axis=1).astype(np.float64)
         a = np.concatenate([after[f"{module.name}.A"], before[f"{module.name}.A"]], axis=0).astype(np.float64)
         total += float(np.sum((b.T @ b) * (a @ a.T)))
-    return scale * max(total, 0.0) ** 0.5
+    return scale * math.sqrt(max(total, 0.0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,8 +78,7 @@ def linear_layers(model: nn.Module, family: Family) -> list[dict[str, str]]:
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(f"'{family.layers}' is not a list of layers in {type(model).__name__}")
     return [
-        {role: f"{family.layers}.{index}.{path}" for role, path in family.roles.items()}
-        for index in range(len(layers))
+        {role: f"{family.layers}.{index}.{path}" for role, path in family.roles.items()} for index in range(len(layers))
     ]
 
 
@@ -95,7 +95,7 @@ def describe(model: nn.Module, model_type: str, targets: tuple[str, ...]) -> Mod
             f"it has {', '.join(family.roles)}"
         )
     names = linear_layers(model, family)
-    config = model.config
+    config: Any = model.config
     heads = int(config.num_attention_heads)
     query, up = (_linear(model, names[0][role]) for role in ("q", "up"))
     head_dim = query.out_features // heads

@@ -99,10 +99,10 @@ class FisherScorer(_Smoothed):
             def take(gradient: torch.Tensor) -> None:
                 per_example = torch.einsum("bsc,bsc->bc", value, gradient)
                 if size > 1:
-                    per_example = per_example.unflatten(1, (-1, size)).sum(2)
+                    per_example = per_example.reshape(len(per_example), -1, size).sum(2)
                 self._seen[layer, unit] = per_example.square().sum(0).numpy()
 
-            output.register_hook(take)
+            output.register_hook(take)  # type: ignore[no-untyped-call]
 
         return before
 

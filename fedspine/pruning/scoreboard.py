@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedspine.structure import Structure
 from fedspine.types import Array, Scores
@@ -67,7 +68,7 @@ def pruning_scores(
     return blend(own[device], shared, participations)
 
 
-def _merge(past: Array | None, observed: Sequence[tuple[Array, Array]]) -> Array:
+def _merge(past: Array | None, observed: Sequence[tuple[NDArray[np.bool_], Array]]) -> Array:
     total = np.zeros(len(observed[0][1]))
     count = np.zeros(len(total))
     for mask, scores in observed:

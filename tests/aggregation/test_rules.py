@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.tiny import random_arrays, tiny_resident, uneven_structure
 
 from fedspine.aggregation import RULES, Update
 from fedspine.aggregation.product import average, truncate
 from fedspine.lora.adapters import kept_features, narrow, widen
 from fedspine.structure import ModelShape, ModuleShape, Structure
 from fedspine.types import Arrays
+from tests.tiny import random_arrays, tiny_resident, uneven_structure
 
 RESIDENT = tiny_resident()
 SHAPE = RESIDENT.shape
@@ -112,7 +112,7 @@ def test_average_is_in_product_space() -> None:
     pad = {k: np.zeros_like(v) for k, v in START.items()}
     for key, value in low.items():
         pad[key][tuple(slice(n) for n in value.shape)] = value
-    other = {k: v for k, v in pad.items()}
+    other = dict(pad)
     for module in SHAPE.modules:
         other[f"{module.name}.B"] = 3.0 * pad[f"{module.name}.B"]
     mean = average(pad, other, 0.75, SHAPE)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.tiny import TARGETS, random_arrays, tiny_model, tiny_resident, tokens, uneven_structure
 
 from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
 from fedspine.lora.resident import update_norm
 from fedspine.structure import Structure
+from tests.tiny import TARGETS, random_arrays, tiny_model, tiny_resident, tokens, uneven_structure
 
 
 def test_narrow_then_widen_is_a_projection() -> None:

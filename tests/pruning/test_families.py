@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch_pruning
-from tests.tiny import TARGETS, tiny_model, tokens
 
 from fedspine.errors import ModelError
 from fedspine.pruning.families import FAMILIES, describe, family_of, linear_layers, unit_of
+from tests.tiny import TARGETS, tiny_model, tokens
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.tiny import random_arrays, tiny_resident, tokens, uneven_structure
 
 from fedspine.lora.adapters import narrow
 from fedspine.lora.resident import ResidentModel
@@ -13,6 +12,7 @@ from fedspine.pruning.families import family_of, linear_layers
 from fedspine.pruning.importance import SCORERS, estimated_gradient
 from fedspine.pruning.scoreboard import blend, pruning_scores, update_own, update_shared
 from fedspine.structure import Structure
+from tests.tiny import random_arrays, tiny_resident, tokens, uneven_structure
 
 LABELS = torch.tensor([0, 1, 2])
 

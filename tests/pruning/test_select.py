@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.tiny import TARGETS, random_scores, tiny_model
 
 from fedspine.errors import ModelError
 from fedspine.pruning.families import describe
 from fedspine.pruning.select import check_reachable, max_sparsity, select
 from fedspine.structure import Structure
+from tests.tiny import TARGETS, random_scores, tiny_model
 
 SHAPE = describe(tiny_model(), "bert", TARGETS)
 

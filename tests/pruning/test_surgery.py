@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import random_arrays, tiny_resident, tokens, uneven_structure
 
 from fedspine.lora.adapters import narrow
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.families import family_of, linear_layers
 from fedspine.structure import Structure
 from fedspine.training import LocalOptimizer
+from tests.tiny import random_arrays, tiny_resident, tokens, uneven_structure
 
 
 def masked_logits(resident: ResidentModel, structure: Structure, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -50,9 +50,7 @@ def test_cut_equals_masked_after_a_step(family: str) -> None:
         optimizer = torch.optim.SGD(list(resident.parameters.values()), lr=0.1)
         torch.nn.functional.cross_entropy(logits, labels).backward()
         optimizer.step()
-    torch.testing.assert_close(
-        cut.model(**batch).logits, masked_logits(full, structure, batch), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(cut.model(**batch).logits, masked_logits(full, structure, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_cutting_in_the_middle_keeps_values_and_moments() -> None:

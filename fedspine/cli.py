@@ -1,0 +1,119 @@
+"""The command line: `fedspine simulate`, `fedspine keys`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedspine import __version__
+from fedspine.config import Key, RunConfig, load_config, parse_override
+from fedspine.errors import ConfigError, FedSpineError
+
+_EXAMPLES = """examples:
+  fedspine simulate                                    80 devices, embedded model and task
+  fedspine simulate -s devices=20 -s rounds=10         smaller
+  fedspine simulate -s method=fedavg                   the unpruned reference
+  fedspine simulate -s data=reviews/ -s partition=dirichlet --out runs/reviews
+  fedspine simulate experiments/first_federation/fedspine.toml -s seed=1
+  fedspine simulate --resume runs/reviews              continue after a stop or a kill
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code is 0, 2 for a mistake that can be mended, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "keys":
+            _print_keys()
+            return 0
+        return _simulate(options)
+    except FedSpineError as error:
+        print(f"fedspine: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedspine",
+        description="Federated pruning and LoRA tuning of language models on weak, unequal devices.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"fedspine {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    simulate = commands.add_parser(
+        "simulate",
+        help="run a federation on simulated devices",
+        description="Run a federation on simulated devices: a plan, a progress bar, a table, curves, a checkpoint.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES,
+    )
+    simulate.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="keys of the run")
+    simulate.add_argument(
+        "-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key (see `fedspine keys`)"
+    )
+    simulate.add_argument("--out", metavar="DIR", help="new directory of the run (default: runs/METHOD-DATE-TIME)")
+    simulate.add_argument("--resume", metavar="DIR", help="continue the run in DIR")
+    simulate.add_argument(
+        "--engine", choices=("inline", "ray"), default="ray", help="one process, or Flower's runtime on Ray (default)"
+    )
+    simulate.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of the ray engine (default: cores)"
+    )
+    simulate.add_argument("--json", action="store_true", help="print only the summary, as JSON, on stdout")
+    commands.add_parser("keys", help="list every configuration key", description="Every configuration key.")
+    return parser
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    if options.resume and (options.config or options.set or options.out):
+        raise ConfigError("--resume continues a run as it was configured: leave out CONFIG.toml, -s and --out")
+    if options.workers < 1:
+        raise ConfigError(f"--workers {options.workers}: must be at least 1")
+    config = None
+    if not options.resume:
+        config = load_config(options.config, dict(parse_override(text) for text in options.set))
+    # Only now the heavy part: torch, transformers and Flower take seconds to import.
+    from fedspine.report.console import ConsoleObserver
+    from fedspine.simulation import simulate
+
+    observer = ConsoleObserver(quiet=options.json)
+    try:
+        result = simulate(
+            config,
+            out=options.out,
+            resume=options.resume,
+            engine=options.engine,
+            workers=options.workers,
+            observer=observer,
+        )
+    except KeyboardInterrupt:
+        observer.close()
+        where = observer.directory or options.resume or options.out
+        print(f"\nfedspine: interrupted; continue with: fedspine simulate --resume {where}", file=sys.stderr)
+        return 130
+    finally:
+        observer.close()
+    if options.json:
+        print(json.dumps(result.summary, indent=2))
+    return 0
+
+
+def _print_keys() -> None:
+    for field in dataclasses.fields(RunConfig):
+        key: Key = field.metadata["key"]
+        bounds = " | ".join(key.choices)
+        if not bounds and (key.minimum is not None or key.maximum is not None):
+            low = "" if key.minimum is None else f"{key.minimum:g} <= "
+            high = "" if key.maximum is None else f" <= {key.maximum:g}"
+            bounds = f"{low}value{high}"
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        print(f"{field.name} = {default!s}")
+        print(f"    {key.help}{f'  [{bounds}]' if bounds else ''}")

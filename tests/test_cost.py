@@ -1,0 +1,138 @@
+"""Costs against hand counts, against PyTorch's own FLOP counter, and against the real adapters' bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedspine.cost import Workload
+from fedspine.lora.adapters import narrow, nbytes
+from fedspine.pruning.select import select
+from fedspine.structure import Structure
+from tests.tiny import random_arrays, random_scores, tiny_model, tiny_resident, uneven_structure
+
+RESIDENT = tiny_resident()
+SHAPE = RESIDENT.shape
+FULL = Structure.full(SHAPE)
+WORKLOAD = Workload(SHAPE, local_iterations=3, batch_size=2, length=9, score_bytes=4 * 2 * (4 + 32))
+
+
+def half() -> Structure:
+    """Every second head and channel."""
+    mask = (np.arange(4) % 2 == 0, np.arange(32) % 2 == 0)
+    return Structure.from_masks([mask, mask])
+
+
+HALF = half()
+
+
+def test_flops_by_hand() -> None:
+    """Two layers, width 24, 4 heads of 6, 32 channels; 2 texts of 9 tokens; rank 4 on q, v, o, up, down."""
+    tokens = 2 * 9
+    layer = 2 * tokens * 24 * (4 * 24 + 2 * 32) + 4 * tokens * 9 * 24
+    adapters = 2 * tokens * 4 * (3 * (24 + 24) + 2 * (24 + 32))
+    expected = 2 * 2 * layer + 3 * 2 * adapters
+    assert WORKLOAD.iteration_flops(FULL.counts(), 4) == expected
+    assert WORKLOAD.round_flops(FULL, 4) == WORKLOAD.planned_flops(0.0, 4) == 3 * expected
+
+
+def test_flops_of_a_cut_model_by_hand() -> None:
+    """Half of the heads and channels: half the base, and the cut side of every adapter."""
+    tokens = 2 * 9
+    layer = 2 * tokens * 24 * (4 * 12 + 2 * 16) + 4 * tokens * 9 * 12
+    adapters = 2 * tokens * 4 * (3 * (24 + 12) + 2 * (24 + 16))
+    expected = 3 * (2 * 2 * layer + 3 * 2 * adapters)
+    assert WORKLOAD.round_flops(HALF, 4) == expected
+    assert WORKLOAD.planned_flops(0.5, 4) == pytest.approx(expected)
+    assert WORKLOAD.round_flops(HALF, 0) == WORKLOAD.round_flops(FULL, 0) / 2
+
+
+@pytest.mark.parametrize("structure", [FULL, HALF, uneven_structure(SHAPE)], ids=["full", "half", "uneven"])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_forward_flops_are_those_of_the_real_model(structure: Structure, rank: int) -> None:
+    """PyTorch counts the matrix products of the cut model; pooler and task head are no part of the formula."""
+    resident = tiny_resident(rank=rank)
+    resident.model.set_attn_implementation("eager")
+    resident.mount(structure, narrow(random_arrays(resident, rank), structure, rank, SHAPE))
+    batch = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        resident.model(**batch)
+    pooler_and_head = 2 * 2 * (24 * 24 + 24 * 3)
+    counts = structure.counts()
+    base = WORKLOAD.iteration_flops(counts, 0) / 2
+    adapters = (WORKLOAD.iteration_flops(counts, rank) - WORKLOAD.iteration_flops(counts, 0)) / 3
+    assert counter.get_total_flops() == base + adapters + pooler_and_head
+
+
+def test_work_is_proportional_to_iterations_and_texts() -> None:
+    assert replace(WORKLOAD, local_iterations=6).round_flops(HALF, 4) == 2 * WORKLOAD.round_flops(HALF, 4)
+    assert replace(WORKLOAD, batch_size=4).round_flops(HALF, 4) == 2 * WORKLOAD.round_flops(HALF, 4)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("targets", [("q", "v"), ("k", "o", "up"), ("q", "v", "o", "up", "down")])
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_bytes_are_those_of_the_real_adapters(family: str, targets: tuple[str, ...], rank: int) -> None:
+    resident = tiny_resident(family, targets)
+    workload = replace(WORKLOAD, shape=resident.shape)
+    for ratio, structure in ((0.0, FULL), (0.5, HALF)):
+        arrays = narrow(random_arrays(resident), structure, rank, resident.shape)
+        assert workload.adapter_bytes(ratio, rank) == nbytes(arrays)
+
+
+def test_bytes_both_ways() -> None:
+    """Adapters and the structure down and up, importance scores up."""
+    arrays = narrow(random_arrays(RESIDENT), HALF, 4, SHAPE)
+    scores = sum(part.nbytes for layer in random_scores(SHAPE) for part in layer)
+    assert WORKLOAD.planned_bytes(0.5, 4) == 2 * (nbytes(arrays) + HALF.nbytes) + scores
+
+
+def test_an_uneven_cut_costs_about_what_was_planned() -> None:
+    """Selection by importance leaves another number of heads and channels than an even spread."""
+    for ratio in (0.2, 0.4, 0.6):
+        structure = select(FULL, random_scores(SHAPE), ratio, SHAPE)
+        reached = structure.sparsity(SHAPE)
+        assert WORKLOAD.round_flops(structure, 4) == pytest.approx(WORKLOAD.planned_flops(reached, 4), rel=0.1)
+        arrays = narrow(random_arrays(RESIDENT), structure, 4, SHAPE)
+        assert nbytes(arrays) == pytest.approx(WORKLOAD.adapter_bytes(reached, 4), rel=0.1)
+
+
+@pytest.mark.parametrize("cost", ["planned_flops", "adapter_bytes", "planned_bytes"])
+def test_more_sparsity_and_less_rank_cost_less(cost: str) -> None:
+    function = getattr(WORKLOAD, cost)
+    by_ratio = [function(ratio, 4) for ratio in np.linspace(0.95, 0.0, 20)]
+    by_rank = [function(0.3, rank) for rank in (1, 2, 4, 6)]
+    for costs in (by_ratio, by_rank):
+        assert all(low < high for low, high in pairwise(costs))
+
+
+def test_memory_falls_with_every_cut_and_rises_with_rank() -> None:
+    structures = [FULL]
+    for ratio in (0.1, 0.3, 0.5, 0.6):
+        structures.append(select(structures[-1], random_scores(SHAPE), ratio, SHAPE))
+    needs = [WORKLOAD.memory_bytes(structure, 4) for structure in structures]
+    assert all(high > low for high, low in pairwise(needs))
+    by_rank = [WORKLOAD.memory_bytes(HALF, rank) for rank in (1, 2, 4, 6)]
+    assert all(low < high for low, high in pairwise(by_rank))
+    assert replace(WORKLOAD, batch_size=4).memory_bytes(HALF, 4) > WORKLOAD.memory_bytes(HALF, 4)
+    assert replace(WORKLOAD, length=18).memory_bytes(HALF, 4) > WORKLOAD.memory_bytes(HALF, 4)
+
+
+def test_memory_by_hand() -> None:
+    """Weights, four times the adapters, and 17 values per token and unit plus two per attention entry."""
+    parameters = sum(parameter.numel() for parameter in tiny_model().parameters())
+    tokens = 2 * 9
+    weights = 4 * parameters
+    adapters = 4 * nbytes(narrow(random_arrays(RESIDENT), FULL, 4, SHAPE))
+    activations = 4 * tokens * (2 * 24 * 17 + 2 * 8 * 9)
+    assert SHAPE.total_parameters == parameters
+    assert WORKLOAD.memory_bytes(FULL, 4) == pytest.approx(weights + adapters + activations)
+    cut = 4 * SHAPE.prunable_parameters // 2
+    adapters = 4 * nbytes(narrow(random_arrays(RESIDENT), HALF, 4, SHAPE))
+    activations = 4 * tokens * (2 * 24 * 11 + 2 * 4 * 9)
+    assert WORKLOAD.memory_bytes(HALF, 4) == pytest.approx(weights - cut + adapters + activations)
