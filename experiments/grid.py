@@ -57,14 +57,31 @@ def _run(cell: Cell, out: Path) -> tuple[Cell, float]:
     return cell, float(json.loads(done.stdout)["wall_seconds"])
 
 
-def summaries(cells: Sequence[Cell], out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Summaries of the finished runs by row name, in order of seed."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def collect(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
+    """One entry per finished run: row name, seed, summary, and the curve as [round, virtual seconds, accuracy,
+    smoothed accuracy] of every evaluated round."""
+    found = []
     for cell in cells:
-        path = cell.directory(out) / "summary.json"
-        if path.exists():
-            found.setdefault(cell.name, []).append(json.loads(path.read_text()))
+        directory = cell.directory(out)
+        if not (directory / "summary.json").exists():
+            continue
+        rounds = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
+        curve = [
+            [line["round"], round(line["clock_seconds"], 3), line["accuracy"], line["smoothed_accuracy"]]
+            for line in rounds
+            if line["accuracy"] is not None
+        ]
+        summary = json.loads((directory / "summary.json").read_text())
+        found.append({"name": cell.name, "seed": cell.seed, "summary": summary, "curve": curve})
     return found
+
+
+def by_name(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Runs by row name, in the order given."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(run["name"], []).append(run)
+    return groups
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:
@@ -82,5 +99,14 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [float(row[key]) for row in rows if row[key] is not None]
+def column(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """A figure of the summaries; runs without it are left out."""
+    return [float(run["summary"][key]) for run in runs if run["summary"][key] is not None]
+
+
+def commit() -> str:
+    """The commit that is checked out, marked when files differ from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or "unknown"

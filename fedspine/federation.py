@@ -176,7 +176,8 @@ def finish_round(
     _check_quorum(config, plan, replies, len(trained))
     updates = [Update(float(reply.report.examples), reply.structure, reply.arrays) for reply in trained]
     arrays = RULES[config.aggregation](state.arrays, updates, shape)
-    averaged = average(state.averaged, arrays, config.average_decay, shape) if state.round else arrays
+    decay = min(config.average_decay, (1 + state.round) / (10 + state.round))  # young averages forget the start faster
+    averaged = average(state.averaged, arrays, decay, shape) if state.round else arrays
     scored = [(reply.device, reply.structure, reply.scores) for reply in trained if reply.scores is not None]
     shared = update_shared(state.shared_scores, [(structure, scores) for _, structure, scores in scored])
     own = dict(state.own_scores)

@@ -21,7 +21,8 @@ from fedspine.checkpoint import FILE, load_state, save_state
 from fedspine.client_round import EVALUATION_BATCH, Workbench, configure_threads, workbench
 from fedspine.config import RunConfig, load_config
 from fedspine.controller.policy import make_policy
-from fedspine.data.encode import evaluation_batches
+from fedspine.controller.schedule import floor_ratio
+from fedspine.data.encode import evaluation_batches, training_batches
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.errors import CheckpointError
 from fedspine.federation import (
@@ -43,8 +44,12 @@ from fedspine.report.records import append_record, read_records, truncate_record
 from fedspine.report.summary import PeakMemory, collapse_warning, summarise
 from fedspine.report.tensorboard import Curves
 from fedspine.structure import Structure
-from fedspine.training import evaluate
+from fedspine.training import LocalOptimizer, evaluate, tune
 from fedspine.types import Arrays, ProbeRequest, RoundRecord
+
+TIMED_STEPS = 4
+OVERHEAD = 1.25
+"""Evaluation, probe batches and aggregation, beside the local steps: for the expected time only."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class _Run:
             smallest_message_bytes=int(workload.adapter_bytes(config.target_sparsity, config.min_rank)),
             largest_message_bytes=int(workload.adapter_bytes(0.0, config.max_rank)),
             device_memory_bytes=int(workload.memory_bytes(full, config.max_rank)),
-            expected_wall_seconds=None,
+            expected_wall_seconds=self._expected_wall_seconds(),
             engine=self.engine,
             workers=self.workers,
             directory=self.directory,
@@ -205,6 +210,26 @@ class _Run:
         write_atomically(self.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         draw_curves(finished, config, self._device_types(), self.directory / "curves.png")
         return RunResult(self.directory, summary, finished)
+
+    def _expected_wall_seconds(self) -> float:
+        """Of the rounds: a few local steps of the uncut model, timed here, scaled by what will be cut."""
+        config, bench = self.config, self.bench
+        workload = bench.workload
+        full = Structure.full(bench.shape)
+        arrays = start_adapters(bench.shape, config.max_rank, generator(config.seed, 0, 0, Purpose.ADAPTERS))
+        bench.resident.mount(full, narrow(arrays | bench.resident.head_arrays(), full, config.fixed_rank, bench.shape))
+        optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
+        rng = generator(config.seed, 0, 0, Purpose.BATCHES)
+        batches = list(training_batches(bench.train, config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
+        tune(bench.resident, optimizer, batches[:1], _nothing, _nothing)
+        began = time.perf_counter()
+        tune(bench.resident, optimizer, batches[1:], _nothing, _nothing)
+        step = (time.perf_counter() - began) / TIMED_STEPS
+        floors = [floor_ratio(config, round) for round in range(1, config.rounds + 1)]
+        relative = sum(workload.planned_flops(floor, config.fixed_rank) for floor in floors)
+        relative /= workload.planned_flops(0.0, config.fixed_rank)
+        parallel = min(self.workers if self.engine == "ray" else 1, config.sampled)
+        return OVERHEAD * relative * config.sampled * config.local_iterations * step / parallel
 
     def _device_types(self) -> tuple[str, ...]:
         population, seed = self.bench.population, self.config.seed
@@ -277,3 +302,7 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def _nothing(*_: object) -> None:
+    pass

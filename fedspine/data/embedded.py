@@ -19,8 +19,8 @@ TEST_ROWS = 480
 ROWS_PER_WRITER = (100, 260)
 WORDS_PER_WISH = 7
 """Of the words below, how many a household uses for each class."""
-FLIPPED = 0.3
-ASIDE = 0.2
+FLIPPED = 0.12
+ASIDE = 0.15
 
 _THINGS: tuple[tuple[str, ...], ...] = (
     ("the lamp", "the hall lights", "a brighter kitchen", "the ceiling bulb", "a softer glow", "the porch light",

@@ -20,6 +20,7 @@ def draw_curves(records: Sequence[RoundRecord], config: RunConfig, device_types:
     """Four panels. `device_types`: name of every device's type."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -28,6 +29,8 @@ def draw_curves(records: Sequence[RoundRecord], config: RunConfig, device_types:
     _sparsity(axes[0, 1], records, device_types)
     _times(axes[1, 0], records, device_types)
     _ranks(axes[1, 1], records, device_types, config)
+    for axis in axes.flat[1:3]:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -44,21 +47,20 @@ def draw_curves(records: Sequence[RoundRecord], config: RunConfig, device_types:
 
 
 def _accuracy(axis: Axes, records: Sequence[RoundRecord], config: RunConfig) -> None:
+    unit, unit_name = (60, "minutes") if records[-1].clock_seconds > 600 else (1, "seconds")
     points = [
-        (record.clock_seconds / 60, record.accuracy, record.smoothed_accuracy)
+        (record.clock_seconds / unit, record.accuracy, record.smoothed_accuracy)
         for record in records
         if record.accuracy is not None and record.smoothed_accuracy is not None
     ]
-    minutes, single, smoothed = zip(*points, strict=True)
-    axis.plot(minutes, single, "o-", ms=3, lw=1, alpha=0.45, color=COLOURS[0])
-    axis.plot(minutes, smoothed, "o-", ms=4, lw=2, color=COLOURS[0])
-    axis.annotate(
-        "smoothed (averaged adapters)\nthin: single rounds", (0.98, 0.05), xycoords="axes fraction", ha="right"
-    )
+    times, single, smoothed = zip(*points, strict=True)
+    axis.plot(times, single, "o-", ms=3, lw=1, alpha=0.45, color=COLOURS[0], label="single rounds")
+    axis.plot(times, smoothed, "o-", ms=4, lw=2, color=COLOURS[0], label="smoothed (averaged adapters)")
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
     if config.target_accuracy:
         axis.axhline(config.target_accuracy, color="grey", lw=1, ls="--")
         axis.annotate(f"target {config.target_accuracy:g}", (0, config.target_accuracy), va="bottom", color="grey")
-    axis.set(title="accuracy of the global model", xlabel="virtual time, minutes", ylabel="accuracy")
+    axis.set(title="accuracy of the global model", xlabel=f"virtual time, {unit_name}", ylabel="accuracy")
 
 
 def _sparsity(axis: Axes, records: Sequence[RoundRecord], types: Sequence[str]) -> None:
