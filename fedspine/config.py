@@ -25,13 +25,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "importance": "lora-gradient",
         "masks": "own",
         "reward": "paper",
-        "probe": False,
+        "max_step_ratio": 0.15,
     },
     "fedavg": {
         "policy": "fixed",
         "aggregation": "coordinate",
         "target_sparsity": 0.0,
-        "probe": False,
     },
 }
 """Presets: what each method changes from the defaults below."""
@@ -107,7 +106,7 @@ class RunConfig:
     schedule: str = _key("cubic", "ramp of the sparsity floor, or everything after the warm-up", "cubic", "one-shot")
     warmup_ratio: float = _key(0.1, "share of the rounds before the first cut", min=0.0, max=0.9)
     ramp_ratio: float = _key(0.6, "share of the rounds after which every device is at the target", min=0.05, max=1.0)
-    max_step_ratio: float = _key(0.15, "most that a policy may prune ahead in one round", min=0.0, max=1.0)
+    max_step_ratio: float = _key(0.5, "most that a policy may prune ahead in one round", min=0.0, max=1.0)
 
     # aggregation and scheduling
     aggregation: str = _key(
@@ -121,7 +120,13 @@ class RunConfig:
     )  # fmt: skip
     fixed_rank: int = _key(8, "rank of policy=fixed and of a safe first choice", min=1, max=1024)
     reward: str = _key("lateness", "reward of a choice: one-sided lateness, or the paper's form", "lateness", "paper")
-    probe: bool = _key(True, "time one iteration and a small transfer before a device's configuration is fixed")
+    probe: str = _key(
+        "first",
+        "time an iteration and a small transfer before a device's configuration is fixed: in its first round, or in all",
+        "never",
+        "first",
+        "always",
+    )
 
     # measuring
     target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)
@@ -136,7 +141,7 @@ class RunConfig:
     @property
     def uses_probe(self) -> bool:
         """Only policies that predict times gain from a probe; the others are not charged for one."""
-        return self.probe and self.policy in ("fedspine", "time-model")
+        return self.probe != "never" and self.policy in ("fedspine", "time-model")
 
     @property
     def cuts_per_round(self) -> int:

@@ -143,7 +143,7 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     devices = sample_devices(config, round)
     structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
     before = [structure.sparsity(shape) for structure in structures]
-    probes = _probe(federation, round, devices, structures)
+    probes = _probe(federation, records, round, devices, structures)
     ranks = rank_grid(config.min_rank, config.max_rank)
     candidates = []
     for device, ratio, probe in zip(devices, before, probes, strict=True):
@@ -261,17 +261,22 @@ def sample_devices(config: RunConfig, round: int) -> list[int]:
 
 
 def _probe(
-    federation: Federation, round: int, devices: Sequence[int], structures: Sequence[Structure]
-) -> Sequence[Probe | None]:
+    federation: Federation,
+    records: Sequence[RoundRecord],
+    round: int,
+    devices: Sequence[int],
+    structures: Sequence[Structure],
+) -> list[Probe | None]:
+    """A fresh measurement of the devices that have to be probed in this round; None for the others."""
     config = federation.config
-    if not config.uses_probe:
-        return [None] * len(devices)
-    return federation.exchange.probe(
-        [
-            ProbeRequest(round, device, structure, config.fixed_rank, config.to_json())
-            for device, structure in zip(devices, structures, strict=True)
-        ]
-    )
+    known = {pull.device for record in records for pull in record.pulls} if config.probe == "first" else set()
+    wanted = {
+        device: ProbeRequest(round, device, structure, config.fixed_rank, config.to_json())
+        for device, structure in zip(devices, structures, strict=True)
+        if config.uses_probe and device not in known
+    }
+    done = dict(zip(wanted, federation.exchange.probe(list(wanted.values())), strict=True)) if wanted else {}
+    return [done.get(device) for device in devices]
 
 
 def _request(

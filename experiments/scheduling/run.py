@@ -26,7 +26,7 @@ from grid import Cell, by_name, collect, commit, interval, markdown, run_all  # 
 
 from fedspine.report.curves import COLOURS  # noqa: E402
 
-POPULATIONS = {"compute-bound": "jetson-80-fast-network", "communication-bound": "jetson-80-slow-network"}
+POPULATIONS = {"compute-bound": "jetson-80-compute-bound", "communication-bound": "jetson-80-communication-bound"}
 POLICIES = {
     "fixed": ("policy=fixed",),
     "random": ("policy=random",),

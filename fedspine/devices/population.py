@@ -67,10 +67,14 @@ _JETSONS = (
 
 POPULATIONS: dict[str, Population] = {
     "jetson-80": Population(_JETSONS, (28.0, 18.0, 10.0, 4.0), (14.0, 9.0, 5.0, 2.0)),
-    "jetson-80-fast-network": Population(_JETSONS, (900.0, 600.0, 300.0, 150.0), (450.0, 300.0, 150.0, 75.0)),
-    "jetson-80-slow-network": Population(_JETSONS, (7.0, 4.5, 2.5, 1.0), (3.5, 2.25, 1.25, 0.5)),
+    "jetson-80-compute-bound": Population(
+        tuple(replace(kind, gflops=kind.gflops / 8) for kind in _JETSONS),
+        (900.0, 600.0, 300.0, 150.0),
+        (450.0, 300.0, 150.0, 75.0),
+    ),
+    "jetson-80-communication-bound": Population(_JETSONS, (7.0, 4.5, 2.5, 1.0), (3.5, 2.25, 1.25, 0.5)),
 }
-"""Built-in catalogues: the default, one bound by compute, one bound by communication."""
+"""Built-in catalogues: the default; one on a wired network with 3 % of the peak reached; one with a slow network."""
 
 
 def load_population(name: str, devices: int) -> Population:

@@ -365,7 +365,7 @@ def test_one_pull_predicts_every_time_without_fixed_costs(name: str, seen: tuple
 
 
 @pytest.mark.parametrize("seen", SEEN)
-@pytest.mark.parametrize("name", ["jetson-80", "jetson-80-slow-network"])
+@pytest.mark.parametrize("name", ["jetson-80", "jetson-80-communication-bound"])
 def test_one_pull_predicts_the_times_of_slow_devices(name: str, seen: tuple[float, int]) -> None:
     """Fixed costs of iterations and messages are not in the model: a tenth for those that rounds wait for."""
     for kind, predicted, true in predictions(POPULATIONS[name], seen):
@@ -450,7 +450,7 @@ def test_a_slow_network_makes_ranks_small_and_a_fast_one_large() -> None:
         actions = build("clairvoyant", load_population(name, 80)).suggest(1, cohort, (), KEY)
         assert_allowed(actions, cohort)
         ranks[name] = np.mean([action.lora_rank for action in actions])
-    assert ranks["jetson-80-slow-network"] <= ranks["jetson-80"] < ranks["jetson-80-fast-network"]
+    assert ranks["jetson-80-communication-bound"] <= ranks["jetson-80"] < ranks["jetson-80-compute-bound"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -7,7 +7,7 @@ import pytest
 from fedspine.config import RunConfig
 from fedspine.controller.schedule import allowed_range, floor_ratio, warmup_rounds
 
-CUBIC = RunConfig(rounds=30, warmup_ratio=0.1, ramp_ratio=0.6, target_sparsity=0.5)
+CUBIC = RunConfig(rounds=30, warmup_ratio=0.1, ramp_ratio=0.6, target_sparsity=0.5, max_step_ratio=0.15)
 CONFIGS = [
     CUBIC,
     RunConfig(rounds=30, schedule="one-shot"),

@@ -142,5 +142,5 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["jetson-81", "", "nowhere/devices.toml", "."])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(PopulationError, match=r"neither a file nor.*jetson-80.*jetson-80-slow-network"):
+    with pytest.raises(PopulationError, match=r"neither a file nor.*jetson-80.*jetson-80-communication-bound"):
         load_population(name, 8)
