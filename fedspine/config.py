@@ -122,7 +122,7 @@ class RunConfig:
     reward: str = _key("lateness", "reward of a choice: one-sided lateness, or the paper's form", "lateness", "paper")
     probe: str = _key(
         "first",
-        "time an iteration and a small transfer before a device's configuration is fixed: in its first round, or in all",
+        "time an iteration and a small transfer before a configuration is fixed: in a device's first round, or in all",
         "never",
         "first",
         "always",
