@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-DEV := pytest ruff mypy build
+DEV := pytest ruff mypy hatchling
 
 .PHONY: setup simulate test check
 

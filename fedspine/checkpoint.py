@@ -57,7 +57,14 @@ def load_state(directory: Path, config: RunConfig, shape: ModelShape) -> ServerS
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if about.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a FedSpine checkpoint of format {_FORMAT}")
-    _check_same(path, json.loads(about["config"]), json.loads(config.to_json()))
+    try:
+        _check_same(path, json.loads(about["config"]), json.loads(config.to_json()))
+        return _state(about, tensors, shape)
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is incomplete: {type(error).__name__}: {error}") from None
+
+
+def _state(about: Mapping[str, str], tensors: Mapping[str, np.ndarray], shape: ModelShape) -> ServerState:
     devices = tensors["structure/device-index"]
     return ServerState(
         round=int(about["round"]),

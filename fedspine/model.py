@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -32,7 +33,7 @@ def model_source(name: str) -> str:
 
 
 def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
-    """The model in float32 with a fresh seeded task head, its tokenizer, and its family name.
+    """The model in float32, its tokenizer, and its family name. A task head that does not fit is replaced, seeded.
 
     Dropout is off: short local rounds are noisy enough, and results stay comparable across structures.
     Errors: `ModelError` when it cannot be found, has no safetensors weights, or is of an unknown family.
@@ -54,10 +55,12 @@ def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, PreTrainedTo
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = AutoModelForSequenceClassification.from_pretrained(
-                source, config=settings, dtype=torch.float32, use_safetensors=True
+                source, config=settings, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _not_loadable(config.model, error) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when the files are absent
+        raise _not_loadable(config.model, OSError("it has no tokenizer."))
     return model.eval(), tokenizer, settings.model_type
 
 

@@ -24,7 +24,7 @@ from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
 from fedspine.data.encode import evaluation_batches, training_batches
 from fedspine.devices.clock import VirtualMeter, device_state
-from fedspine.errors import CheckpointError
+from fedspine.errors import CheckpointError, ConfigError
 from fedspine.federation import (
     Evaluation,
     Exchange,
@@ -34,7 +34,7 @@ from fedspine.federation import (
     prune_everyone,
     run_rounds,
 )
-from fedspine.flower.engines import run_federation
+from fedspine.flower.engines import check_engine, run_federation
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.pruning.select import check_reachable
 from fedspine.randomness import Purpose, generator
@@ -81,13 +81,17 @@ def simulate(
     Errors: subclasses of `FedSpineError`, before anything is written.
     """
     began = time.perf_counter()
+    check_engine(engine, workers)
     if resume is not None:
+        if config is not None or out is not None or keys:
+            raise ConfigError("resume continues a run as it was configured: leave out config, out and keys")
         directory = Path(resume)
         config = _resumed_config(directory)
     else:
         config = _configured(config, keys)
         directory = _free_directory(out, config.method)
     observer = observer or Silent()
+    workbench.cache_clear()  # files may have changed since the last run of this process
     run = _Run(config, workbench(config.to_json()), directory, observer, engine, workers, PeakMemory())
     run.check()
     state, records = run.restored() if resume is not None else run.fresh()
@@ -140,13 +144,15 @@ class _Run:
     def restored(self) -> tuple[ServerState, tuple[RoundRecord, ...]]:
         """The state of the last checkpoint, and the records up to it."""
         path = self.directory / "rounds.jsonl"
-        if not (self.directory / FILE).exists() and not read_records(path):
+        if not (self.directory / FILE).exists() and len(read_records(path)) <= 1:
+            # Killed before the first checkpoint: of the first round there may be a record, or a part of one.
+            path.unlink(missing_ok=True)
             return self.fresh()
         state = load_state(self.directory, self.config, self.bench.shape)
-        truncate_records(path, state.round)
-        records = read_records(path)
+        records = read_records(path)[: state.round]
         if len(records) != state.round:
             raise CheckpointError(f"{path} has {len(records)} rounds, the checkpoint {state.round}: it was edited")
+        truncate_records(path, state.round)
         return state, tuple(records)
 
     def plan(self) -> RunPlan:
@@ -292,7 +298,10 @@ def _free_directory(out: str | Path | None, method: str) -> Path:
         raise CheckpointError(
             f"--out {directory}: already in use; choose another directory, or --resume {directory} to continue it"
         )
-    if not os.access(_existing_parent(directory), os.W_OK):
+    parent = _existing_parent(directory)
+    if not parent.is_dir():
+        raise CheckpointError(f"--out {directory}: {parent} is a file; choose another directory")
+    if not os.access(parent, os.W_OK):
         raise CheckpointError(f"--out {directory}: no permission to write there")
     return directory
 

@@ -71,7 +71,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed = -1: must be at least 0"),
     ({"rounds": "many"}, "rounds = 'many': must be a whole number"),
     ({"rounds": 2.5}, "rounds = 2.5: must be a whole number"),
-    ({"probe": 1}, "probe = 1: must be true or false"),
+    ({"policy": 1}, "policy = 1: must be a text"),
     ({"policy": "fedspin"}, "(did you mean 'fedspine'?)"),
     ({"method": "fedprox"}, "method = 'fedprox': must be one of fedspine, fedspine-paper, fedavg"),
     ({"lora_targets": ["q", "x"]}, "'x' must be one of q, k, v, o, gate, up, down"),

@@ -43,16 +43,21 @@ def run_federation(
     Errors: `ConfigError` for an unknown engine or number of workers, `FederationError` when Ray does not start.
     """
     app = client_app or default_client_app()
-    if engine not in ENGINES:
-        raise ConfigError(f"engine = {engine!r}: must be one of {', '.join(ENGINES)}")
-    if workers < 1:
-        raise ConfigError(f"workers = {workers}: must be at least 1")
+    check_engine(engine, workers)
     if engine == "inline":
         return _run_inline(run, app, devices)
     # Ray takes seconds to import, and only this engine needs it.
     from fedspine.flower.ray_engine import run_with_ray
 
     return run_with_ray(run, app, devices, workers, threads)
+
+
+def check_engine(engine: str, workers: int) -> None:
+    """Errors: `ConfigError` for an unknown engine or number of workers."""
+    if engine not in ENGINES:
+        raise ConfigError(f"engine = {engine!r}: must be one of {', '.join(ENGINES)}")
+    if workers < 1:
+        raise ConfigError(f"workers = {workers}: must be at least 1")
 
 
 def default_client_app() -> ClientApp:

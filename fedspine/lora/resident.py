@@ -45,12 +45,13 @@ class ResidentModel:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._modules = {module.name: module for module in self.shape.modules}
+        self._head = {HEAD + name: value.detach().numpy().copy() for name, value in self.head.state_dict().items()}
         self.structure = Structure.full(self.shape)
         self.parameters: dict[str, nn.Parameter] = {}
 
     def head_arrays(self) -> dict[str, Array]:
-        """The task head's tensors by wire name."""
-        return {HEAD + name: value.detach().numpy().copy() for name, value in self.head.state_dict().items()}
+        """The task head's tensors by wire name, as they were loaded: no device's, whatever is mounted."""
+        return {name: value.copy() for name, value in self._head.items()}
 
     def mount(self, structure: Structure, arrays: Arrays, merge: bool = False) -> None:
         """Become the model of one device: cut to `structure`, with adapters and head from `arrays` (narrow).

@@ -1,8 +1,9 @@
 """Which structures to cut for a given ratio: the same share in every layer, least important first.
 
 Cutting is monotone: only what is still kept can go. The number of heads is rounded, and the FFN channels make up for
-it, so that the sparsity in parameters is exact to half a channel per layer. (Uniform layer budget of LoRAPrune,
-arXiv 2305.18403.)
+it, so that the sparsity in parameters is exact to half a channel per layer. A head goes only when enough channels are
+left to make up for it: otherwise a model that was cut in steps would end above the ratio. (Uniform layer budget of
+LoRAPrune, arXiv 2305.18403.)
 """
 
 from __future__ import annotations
@@ -34,20 +35,24 @@ def check_reachable(target: float, shape: ModelShape) -> None:
         )
 
 
-def layer_budget(ratio: float, shape: ModelShape) -> tuple[int, int]:
-    """(heads, channels) that every layer keeps at a ratio of its prunable parameters."""
-    heads = max(1, round((1.0 - ratio) * shape.heads))
-    layer_parameters = shape.prunable_parameters / shape.layers
-    left = (1.0 - ratio) * layer_parameters - heads * shape.head_parameters
-    channels = round(left / shape.channel_parameters)
+def layer_budget(ratio: float, shape: ModelShape, kept: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(heads, channels) to keep of a layer at a ratio of its prunable parameters; `kept` is what it has (default all).
+
+    More channels than it has mean that the layer is cut that far already.
+    """
+    most_heads, most_channels = kept or (shape.heads, shape.channels)
+    heads = min(most_heads, max(1, round((1.0 - ratio) * shape.heads)))
+    while (channels := _channels_beside(heads, ratio, shape)) > most_channels and heads < most_heads:
+        heads += 1
     return heads, min(shape.channels, max(_least_channels(shape), channels))
 
 
 def select(structure: Structure, scores: Scores, ratio: float, shape: ModelShape) -> Structure:
     """Cut `structure` to `ratio` by `scores`; a structure that is cut that far already stays as it is."""
-    heads, channels = layer_budget(ratio, shape)
     masks = []
     for layer, (head_scores, channel_scores) in enumerate(scores):
+        kept = int(structure.head_mask(layer).sum()), int(structure.channel_mask(layer).sum())
+        heads, channels = layer_budget(ratio, shape, kept)
         masks.append(
             (
                 _keep_best(structure.head_mask(layer), head_scores, heads),
@@ -55,6 +60,11 @@ def select(structure: Structure, scores: Scores, ratio: float, shape: ModelShape
             )
         )
     return Structure.from_masks(masks)
+
+
+def _channels_beside(heads: int, ratio: float, shape: ModelShape) -> int:
+    left = (1.0 - ratio) * shape.prunable_parameters / shape.layers - heads * shape.head_parameters
+    return round(left / shape.channel_parameters)
 
 
 def _keep_best(mask: NDArray[np.bool_], scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:

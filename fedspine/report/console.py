@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,17 +35,17 @@ class ConsoleObserver:
         lines = [
             f"[bold]{config.method}[/]: policy {config.policy}, importance {config.importance}, masks {config.masks}, "
             f"aggregation {config.aggregation}",
-            f"model    {config.model}: {plan.total_parameters / 1e6:.1f} M parameters, "
+            f"model    {escape(config.model)}: {plan.total_parameters / 1e6:.1f} M parameters, "
             f"{plan.prunable_parameters / 1e6:.1f} M prunable (heads and FFN channels); "
             f"target sparsity {config.target_sparsity:.0%} of the prunable",
-            f"data     {config.data}, partition {config.partition}",
+            f"data     {escape(config.data)}, partition {escape(config.partition)}",
             f"devices  {config.devices} ({kinds}), {config.sampled} per round, {config.rounds} rounds of "
             f"{config.local_iterations} iterations x {config.batch_size} examples",
             f"traffic  {size(plan.smallest_message_bytes)} to {size(plan.largest_message_bytes)} per message, each way",
             f"memory   up to {size(plan.device_memory_bytes)} on a device (estimate)",
             f"here     engine {plan.engine}, {plan.workers} worker(s), {config.threads} thread(s) each"
             + (f", about {clock(plan.expected_wall_seconds)} of wall time" if plan.expected_wall_seconds else ""),
-            f"results  {plan.directory}",
+            f"results  {escape(str(plan.directory))}",
         ]
         self._console.print(Panel("\n".join(lines), title="plan", title_align="left"))
         self._console.print("loading model and data, starting the engine ...", style="dim")
@@ -96,7 +97,7 @@ class ConsoleObserver:
     def warning(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            self._console.print(f"warning: {text}", style="yellow")
+            self._console.print(f"warning: {escape(text)}", style="yellow")
 
     def close(self) -> None:
         """Stop the progress bar; the terminal is as it was."""
@@ -110,8 +111,8 @@ class ConsoleObserver:
         if self._plan and self._records:
             self._console.print(_types_table(self._plan.device_types, self._records))
         self._console.print(
-            f"[bold]{directory}[/]: curves.png, summary.json, rounds.jsonl, config.toml, checkpoint/\n"
-            f"TensorBoard: tensorboard --logdir {directory / 'tensorboard'}"
+            f"[bold]{escape(str(directory))}[/]: curves.png, summary.json, rounds.jsonl, config.toml, checkpoint/\n"
+            f"TensorBoard: tensorboard --logdir {escape(str(directory / 'tensorboard'))}"
         )
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fedspine.errors import CheckpointError
 from fedspine.types import Action, Probe, Pull, Report, RoundRecord
 
 
@@ -46,11 +47,19 @@ def append_record(path: Path, record: RoundRecord) -> None:
 
 
 def read_records(path: Path) -> list[RoundRecord]:
-    """All whole records; a last line that was torn by a crash is left out."""
+    """All whole records; a last line that was torn by a crash is left out.
+
+    Errors: `CheckpointError` for a line that is no record.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [record_from_line(line) for line in lines[:-1]]
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            records.append(record_from_line(line.decode()))
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{path}: line {number} is no record of a round: it was edited") from None
+    return records
 
 
 def truncate_records(path: Path, count: int) -> None:
