@@ -96,8 +96,9 @@ def _simulate(options: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         observer.close()
-        where = observer.directory or options.resume or options.out
-        print(f"\nfedspine: interrupted; continue with: fedspine simulate --resume {where}", file=sys.stderr)
+        where = observer.directory
+        follow = f"; continue with: fedspine simulate --resume {where}" if where else " before the first round"
+        print(f"\nfedspine: interrupted{follow}", file=sys.stderr)
         return 130
     finally:
         observer.close()

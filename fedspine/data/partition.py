@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
 from fedspine.data.task import TextTask
 from fedspine.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 OWNER = "writer"
 """Column that names a row's owner in the embedded task."""
@@ -34,10 +37,15 @@ def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
     if kind.startswith("column:"):
         parts = _by_column(task, kind.removeprefix("column:"), config)
     elif kind == "iid":
+        # Here and below: only now, because the import takes seconds and every worker would pay for it.
+        from flwr_datasets.partitioner import IidPartitioner
+
         parts = _drawn(IidPartitioner(config.devices), labels, config.seed)
     elif kind == "shards":
         parts = _by_shards(labels, config)
     elif kind == "dirichlet":
+        from flwr_datasets.partitioner import DirichletPartitioner
+
         for attempt in range(REDRAWS):
             seed = config.seed + 1_000_003 * attempt
             parts = _drawn(
@@ -55,6 +63,8 @@ def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
 
 
 def _drawn(partitioner: Partitioner, labels: NDArray[np.int64], shuffle: int | None = None) -> tuple[Rows, ...]:
+    from datasets import Dataset
+
     order = np.arange(len(labels)) if shuffle is None else np.random.default_rng([shuffle, 13]).permutation(len(labels))
     partitioner.dataset = Dataset.from_dict({"row": order, "label": labels[order]})
     return tuple(
