@@ -19,7 +19,7 @@ _EXAMPLES = """examples:
   fedspine simulate -s devices=20 -s rounds=10         smaller
   fedspine simulate -s method=fedavg                   the unpruned reference
   fedspine simulate -s data=reviews/ -s partition=dirichlet --out runs/reviews
-  fedspine simulate experiments/first_federation/fedspine.toml -s seed=1
+  fedspine simulate experiments/first_federation/sst2.toml -s seed=1
   fedspine simulate --resume runs/reviews              continue after a stop or a kill
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def _from_hub(config: RunConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise DataError(f"data = '{config.data}': there is no such file or folder")
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
     try:
         loaded: Any = datasets.load_dataset(config.data)
     except Exception as error:  # the hub client raises many kinds; all mean that it cannot be had
