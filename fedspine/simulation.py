@@ -82,6 +82,7 @@ def simulate(
     """
     began = time.perf_counter()
     check_engine(engine, workers)
+    workers = workers if engine == "ray" else 1
     if resume is not None:
         if config is not None or out is not None or keys:
             raise ConfigError("resume continues a run as it was configured: leave out config, out and keys")
@@ -234,7 +235,7 @@ class _Run:
         floors = [floor_ratio(config, round) for round in range(1, config.rounds + 1)]
         relative = sum(workload.planned_flops(floor, config.fixed_rank) for floor in floors)
         relative /= workload.planned_flops(0.0, config.fixed_rank)
-        parallel = min(self.workers if self.engine == "ray" else 1, config.sampled)
+        parallel = min(self.workers, config.sampled)
         return OVERHEAD * relative * config.sampled * config.local_iterations * step / parallel
 
     def _device_types(self) -> tuple[str, ...]:
