@@ -29,7 +29,7 @@ from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
 from fedspine.structure import ModelShape
-from fedspine.training import LocalOptimizer, batch_loss, evaluate, tune
+from fedspine.training import LocalOptimizer, evaluate, tune
 from fedspine.types import (
     FAILED,
     OUT_OF_MEMORY,
@@ -47,6 +47,7 @@ from fedspine.types import (
 PROBE_BYTES = 32_768
 """Payload of an in-round probe, each way."""
 EVALUATION_BATCH = 64
+PROBE_PART = 8
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _tuned(
     config, resident, round = bench.config, bench.resident, request.round
     resident.mount(request.structure, request.arrays)
     probe = _probe_batch(config, data, request.device, bench.pad_id)
-    loss_before = _loss(resident, probe)
+    _, loss_before, _ = evaluate(resident, probe)
     optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
     scorer = SCORERS[config.importance](resident, config.seed) if config.target_sparsity > 0 else None
     flops = 0.0
@@ -164,7 +165,7 @@ def _tuned(
     arrays = resident.arrays()
     structure = resident.structure
     upload = nbytes(arrays) + structure.nbytes + scores_nbytes(scores)
-    loss_after = _loss(resident, probe)
+    _, loss_after, _ = evaluate(resident, probe)
     start = _sliced(request, resident)
     if not np.isfinite([loss_before, loss_after]).all():
         message = f"the loss became {loss_after}: the training diverged; try a smaller learning_rate"
@@ -212,16 +213,14 @@ def scores_nbytes(scores: Scores | None) -> int:
     return 0 if scores is None else sum(part.nbytes for layer in scores for part in layer)
 
 
-def _probe_batch(config: RunConfig, data: Encoded, device: int, pad_id: int) -> Batch:
-    """A device's fixed, class-balanced probe batch: one-label mini-batches would mostly measure label skew."""
+def _probe_batch(config: RunConfig, data: Encoded, device: int, pad_id: int) -> list[Batch]:
+    """A device's fixed, class-balanced probe batch: one-label mini-batches would mostly measure label skew.
+
+    In parts of like length, which halves the padding.
+    """
     rng = generator(config.seed, 0, device, Purpose.PROBE_BATCH)
     rows = balanced_sample(data.labels, config.probe_examples, rng)
-    return next(iter(evaluation_batches(data.take(rows), len(rows), pad_id)))
-
-
-def _loss(resident: ResidentModel, batch: Batch) -> float:
-    with torch.inference_mode():
-        return float(batch_loss(resident, batch))
+    return list(evaluation_batches(data.take(rows), PROBE_PART, pad_id))
 
 
 def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelShape) -> float | None:
