@@ -55,13 +55,22 @@ def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, PreTrainedTo
         tokenizer = AutoTokenizer.from_pretrained(source)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source, config=settings, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                config=settings,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _not_loadable(config.model, error) from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when the files are absent
         raise _not_loadable(config.model, OSError("it has no tokenizer."))
+    names = (str(key[0]) for key in loaded["mismatched_keys"])
+    misfits = sorted(name for name in names if name.startswith(f"{model.base_model_prefix}."))
+    if misfits:  # only a head may be of another size
+        raise _not_loadable(config.model, OSError(f"the size of {misfits[0]} is not what its config.json says."))
     return model.eval(), tokenizer, settings.model_type
 
 
