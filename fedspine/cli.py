@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of the ray engine (default: cores)"
     )
+    simulate.add_argument("--profile", action="store_true", help="show at the end where the wall time went")
     simulate.add_argument("--json", action="store_true", help="print only the summary, as JSON, on stdout")
     commands.add_parser("keys", help="list every configuration key", description="Every configuration key.")
     return parser
@@ -84,7 +85,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from fedspine.report.console import ConsoleObserver
     from fedspine.simulation import simulate
 
-    observer = ConsoleObserver(quiet=options.json)
+    observer = ConsoleObserver(quiet=options.json, profiled=options.profile)
     try:
         result = simulate(
             config,

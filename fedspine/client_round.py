@@ -6,7 +6,6 @@ adapters and structures travel. In a simulation one process stands in for many d
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -28,6 +27,7 @@ from fedspine.pruning.importance import SCORERS
 from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
+from fedspine.stopwatch import Stopwatch
 from fedspine.structure import ModelShape
 from fedspine.training import LocalOptimizer, evaluate, tune
 from fedspine.types import (
@@ -113,7 +113,7 @@ def workbench(settings: str) -> Workbench:
 def train(request: TrainRequest) -> TrainReply:
     """A device's local round. Out of memory is an outcome, not an error."""
     bench = workbench(request.settings)
-    started = time.perf_counter()
+    watch = Stopwatch()
     config = bench.config
     configure_threads(config.threads)
     rows = bench.rows[request.device]
@@ -131,16 +131,18 @@ def train(request: TrainRequest) -> TrainReply:
         message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
         failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
         return TrainReply(request.device, failed, request.structure, {}, None)
-    return _tuned(request, bench, bench.train.take(rows), meter, report, started)
+    return _tuned(request, bench, bench.train.take(rows), meter, report, watch)
 
 
 def _tuned(
-    request: TrainRequest, bench: Workbench, data: Encoded, meter: VirtualMeter, report: Report, started: float
+    request: TrainRequest, bench: Workbench, data: Encoded, meter: VirtualMeter, report: Report, watch: Stopwatch
 ) -> TrainReply:
     config, resident, round = bench.config, bench.resident, request.round
-    resident.mount(request.structure, request.arrays)
-    probe = _probe_batch(config, data, request.device, bench.pad_id)
-    _, loss_before, _ = evaluate(resident, probe)
+    with watch.part("mount"):
+        resident.mount(request.structure, request.arrays)
+    with watch.part("probe batch"):
+        probe = _probe_batch(config, data, request.device, bench.pad_id)
+        _, loss_before, _ = evaluate(resident, probe)
     optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
     scorer = SCORERS[config.importance](resident, config.seed) if config.target_sparsity > 0 else None
     flops = 0.0
@@ -157,7 +159,7 @@ def _tuned(
     rng = generator(config.seed, round, request.device, Purpose.BATCHES)
     batches = training_batches(data, config.batch_size, config.local_iterations, rng, bench.pad_id)
     try:
-        tune(resident, optimizer, batches, scorer.observe if scorer else _nothing, before_step)
+        tune(resident, optimizer, batches, scorer.observe if scorer else _nothing, before_step, watch)
         scores = scorer.scores() if scorer else None
     finally:
         if scorer:
@@ -165,7 +167,8 @@ def _tuned(
     arrays = resident.arrays()
     structure = resident.structure
     upload = nbytes(arrays) + structure.nbytes + scores_nbytes(scores)
-    _, loss_after, _ = evaluate(resident, probe)
+    with watch.part("probe batch"):
+        _, loss_after, _ = evaluate(resident, probe)
     start = _sliced(request, resident)
     if not np.isfinite([loss_before, loss_after]).all():
         message = f"the loss became {loss_after}: the training diverged; try a smaller learning_rate"
@@ -178,7 +181,7 @@ def _tuned(
         loss_before=loss_before,
         loss_after=loss_after,
         update_norm=update_norm(start, arrays, resident.shape, config.lora_scale),
-        wall_seconds=time.perf_counter() - started,
+        wall=watch.seconds(),
     )
     return TrainReply(request.device, report, structure, arrays, scores)
 

@@ -10,7 +10,6 @@ Nothing here knows torch, Flower or the simulator: the exchange, the policy and 
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from fedspine.pruning.scoreboard import pruning_scores, update_own, update_share
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
 from fedspine.report.observer import Observer
+from fedspine.stopwatch import Stopwatch
 from fedspine.structure import ModelShape, Structure
 from fedspine.types import (
     TRAINED,
@@ -122,15 +122,20 @@ def run_rounds(
     """Run what is left of the federation; `save` is called after every round, before the next begins."""
     history = list(records)
     for round in range(state.round + 1, federation.config.rounds + 1):
-        started = time.perf_counter()
-        plan = plan_round(federation, state, history, round)
+        watch = Stopwatch()
+        with watch.part("plan"):
+            plan = plan_round(federation, state, history, round)
         federation.observer.round_started(round, [request.device for request in plan.requests])
-        replies = federation.exchange.train(
-            plan.requests,
-            lambda reply, r=round: federation.observer.device_done(r, reply.device, reply.report.outcome),  # type: ignore[misc]
-        )
-        state, record = finish_round(federation, state, history, plan, replies)
-        record = evaluate_round(federation, state, record, started)
+        with watch.part("exchange"):
+            replies = federation.exchange.train(
+                plan.requests,
+                lambda reply, r=round: federation.observer.device_done(r, reply.device, reply.report.outcome),  # type: ignore[misc]
+            )
+        with watch.part("aggregate"):
+            state, record = finish_round(federation, state, history, plan, replies)
+        with watch.part("evaluate"):
+            record = evaluate_round(federation, state, record)
+        record = replace(record, wall=watch.seconds())
         save(state, record)
         history.append(record)
         federation.observer.round_done(record)
@@ -198,8 +203,8 @@ def finish_round(
     return new_state, _record(federation, records, plan, replies)
 
 
-def evaluate_round(federation: Federation, state: ServerState, record: RoundRecord, started: float) -> RoundRecord:
-    """Add the accuracy of the global model, when the round is one to evaluate, and the round's wall time."""
+def evaluate_round(federation: Federation, state: ServerState, record: RoundRecord) -> RoundRecord:
+    """Add the accuracy of the global model, when the round is one to evaluate."""
     config = federation.config
     if record.round % config.eval_every == 0 or record.round in (1, config.rounds):
         now = federation.evaluate(state.consensus, state.arrays)
@@ -211,7 +216,7 @@ def evaluate_round(federation: Federation, state: ServerState, record: RoundReco
             predicted_share=now.predicted_share,
             smoothed_accuracy=smooth.accuracy,
         )
-    return replace(record, wall={"seconds": time.perf_counter() - started})
+    return record
 
 
 def prune_everyone(federation: Federation, state: ServerState, records: Sequence[RoundRecord]) -> ServerState:

@@ -43,6 +43,7 @@ from fedspine.report.observer import Observer, RunPlan, Silent
 from fedspine.report.records import append_record, read_records, truncate_records, write_atomically
 from fedspine.report.summary import PeakMemory, collapse_warning, summarise
 from fedspine.report.tensorboard import Curves
+from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.training import LocalOptimizer, evaluate, tune
 from fedspine.types import Arrays, ProbeRequest, RoundRecord
@@ -228,9 +229,9 @@ class _Run:
         optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
         rng = generator(config.seed, 0, 0, Purpose.BATCHES)
         batches = list(training_batches(bench.train, config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
-        tune(bench.resident, optimizer, batches[:1], _nothing, _nothing)
+        tune(bench.resident, optimizer, batches[:1], _nothing, _nothing, Stopwatch())
         began = time.perf_counter()
-        tune(bench.resident, optimizer, batches[1:], _nothing, _nothing)
+        tune(bench.resident, optimizer, batches[1:], _nothing, _nothing, Stopwatch())
         step = (time.perf_counter() - began) / TIMED_STEPS
         floors = [floor_ratio(config, round) for round in range(1, config.rounds + 1)]
         relative = sum(workload.planned_flops(floor, config.fixed_rank) for floor in floors)

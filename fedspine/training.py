@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from fedspine.data.encode import Batch
 from fedspine.lora.resident import ResidentModel
+from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 
 
@@ -93,10 +94,20 @@ def tune(
     batches: Iterable[Batch],
     observe: Callable[[], None],
     before_step: Callable[[int], None],
+    watch: Stopwatch,
 ) -> None:
-    """One optimiser step per batch. `before_step(i)` runs first (cuts); `observe` between backward and step."""
-    for iteration, batch in enumerate(batches):
-        before_step(iteration)
-        torch.autograd.backward(batch_loss(resident, batch))
-        observe()
-        optimizer.step()
+    """One optimiser step per batch. `before_step(i)` runs first (cuts); `observe` between backward and step.
+
+    Importance that is taken from hooks counts as `backward`.
+    """
+    for iteration, batch in enumerate(watch.drawing("data", batches)):
+        with watch.part("cut"):
+            before_step(iteration)
+        with watch.part("forward"):
+            loss = batch_loss(resident, batch)
+        with watch.part("backward"):
+            torch.autograd.backward(loss)
+        with watch.part("score"):
+            observe()
+        with watch.part("optimiser"):
+            optimizer.step()

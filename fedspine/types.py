@@ -84,10 +84,10 @@ class Report:
     update_norm: float = 0.0
     """Frobenius norm of the change of all s*B@A, over the structures kept."""
     peak_memory_bytes: int = 0
-    wall_seconds: float = 0.0
-    """Wall time of the local work on the machine that did it."""
     message: str = ""
     """Why it failed, if it did."""
+    wall: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of the local work on the machine that did it: `seconds` in all, and by part."""
 
     @property
     def seconds(self) -> float:

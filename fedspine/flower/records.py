@@ -8,7 +8,7 @@ absent has no record.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any, TypeVar, cast, get_type_hints
 
 import numpy as np
@@ -61,6 +61,7 @@ def pack_train_reply(reply: TrainReply) -> RecordDict:
     return _joined(
         task=ConfigRecord({"device": reply.device}),
         report=_scalars(reply.report),
+        wall=ConfigRecord({name.replace(" ", "-"): seconds for name, seconds in reply.report.wall.items()}),
         structure=_structure(reply.structure),
         arrays=_arrays(reply.arrays),
         scores=_scores(reply.scores),
@@ -70,7 +71,7 @@ def pack_train_reply(reply: TrainReply) -> RecordDict:
 def unpack_train_reply(records: RecordDict) -> TrainReply:
     return TrainReply(
         device=_config(records, "task")["device"],
-        report=_from_scalars(Report, _config(records, "report")),
+        report=replace(_from_scalars(Report, _config(records, "report")), wall=_read_wall(records)),
         structure=_read_structure(records),
         arrays=_read_arrays(records, "arrays"),
         scores=_read_scores(records),
@@ -159,14 +160,19 @@ def _config(records: RecordDict, name: str) -> dict[str, Any]:
 
 
 def _scalars(value: Any) -> ConfigRecord:
-    """A dataclass of int, float and str fields. Numpy scalars become plain ones."""
+    """The int, float and str fields of a dataclass. Numpy scalars become plain ones."""
     hints = get_type_hints(type(value))
-    plain = {field.name: hints[field.name](getattr(value, field.name)) for field in fields(value)}
+    scalars = {name: kind for name, kind in hints.items() if kind in (int, float, str)}
+    plain = {name: kind(getattr(value, name)) for name, kind in scalars.items()}
     return ConfigRecord({name.replace("_", "-"): item for name, item in plain.items()})
 
 
 def _from_scalars(kind: type[T], record: dict[str, Any]) -> T:
     return kind(**{name.replace("-", "_"): item for name, item in record.items()})
+
+
+def _read_wall(records: RecordDict) -> dict[str, float]:
+    return {name.replace("-", " "): float(seconds) for name, seconds in _config(records, "wall").items()}
 
 
 def _structure(structure: Structure) -> ConfigRecord:

@@ -14,13 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedspine.report.observer import RunPlan
+from fedspine.report.profile import profile, shares
 from fedspine.types import OUT_OF_MEMORY, TRAINED, RoundRecord
 
 
 class ConsoleObserver:
     """An `Observer` for terminals; where there is none, one plain line per evaluated round."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, profiled: bool = False) -> None:
+        self._profiled = profiled
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
         self._progress: Progress | None = None
         self._plan: RunPlan | None = None
@@ -110,6 +112,9 @@ class ConsoleObserver:
         self._console.print(_summary_table(summary))
         if self._plan and self._records:
             self._console.print(_types_table(self._plan.device_types, self._records))
+            if self._profiled:
+                workers = self._plan.workers if self._plan.engine == "ray" else 1
+                self._console.print(_profile_table(profile(self._records, workers)))
         self._console.print(
             f"[bold]{escape(str(directory))}[/]: curves.png, summary.json, rounds.jsonl, config.toml, checkpoint/\n"
             f"TensorBoard: tensorboard --logdir {escape(str(directory / 'tensorboard'))}"
@@ -177,4 +182,13 @@ def _types_table(types: Sequence[str], records: Sequence[RoundRecord]) -> Table:
                 f"{sum(pull.ratio_after for pull in own) / len(own):.0%}",
                 clock(sum(pull.report.seconds for pull in own) / len(own)),
             )
+    return table
+
+
+def _profile_table(parts: Mapping[str, float]) -> Table:
+    table = Table(title="where the wall time of the rounds went (all workers together)", title_justify="left")
+    for heading in ("part", "seconds", "share"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for name, share in shares(parts).items():
+        table.add_row(name, f"{parts[name]:.2f}", f"{share:.1%}")
     return table

@@ -69,21 +69,16 @@ def truncate_records(path: Path, count: int) -> None:
 
 
 def _to_json(record: RoundRecord) -> dict[str, Any]:
-    values = dataclasses.asdict(record)
-    for pull in values["pulls"]:
-        pull["report"]["wall"] = {"seconds": pull["report"].pop("wall_seconds")}
-    return values
+    return dataclasses.asdict(record)
 
 
 def _pull(values: dict[str, Any]) -> Pull:
-    report = dict(values["report"])
-    report["wall_seconds"] = report.pop("wall")["seconds"]
     probe = values["probe"]
     return Pull(
         **{
             **values,
             "action": Action(**values["action"]),
-            "report": Report(**report),
+            "report": Report(**values["report"]),
             "probe": Probe(**probe) if probe else None,
         }
     )

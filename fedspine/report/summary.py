@@ -62,7 +62,7 @@ def summarise(
         "out_of_memory": sum(pull.report.outcome == OUT_OF_MEMORY for pull in pulls),
         "wall_seconds": sum(record.wall["seconds"] for record in records),
         "startup_seconds": startup_seconds,
-        "local_compute_seconds": sum(pull.report.wall_seconds for pull in pulls),
+        "local_compute_seconds": sum(pull.report.wall.get("seconds", 0.0) for pull in pulls),
         "peak_rss_bytes": peak_rss_bytes,
     }
 

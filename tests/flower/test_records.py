@@ -34,7 +34,21 @@ def by_objects(content: RecordDict) -> RecordDict:
     return received.content
 
 
-REPORT = Report(OUT_OF_MEMORY, 3, 0.1, 1 / 3, 1e-300, 2**40, 5, float("inf"), -0.0, 1e9, 7, 2.5, "needs 3 MB\nof 2 MB")
+REPORT = Report(
+    OUT_OF_MEMORY,
+    3,
+    0.1,
+    1 / 3,
+    1e-300,
+    2**40,
+    5,
+    float("inf"),
+    -0.0,
+    1e9,
+    7,
+    "needs 3 MB\nof 2 MB",
+    {"seconds": 2.5, "probe batch": 1 / 3},
+)
 CASES: list[tuple[Any, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] = [
     (fakes.train_request(1), records.pack_train_request, records.unpack_train_request),
     (fakes.train_request(2), records.pack_train_request, records.unpack_train_request),
