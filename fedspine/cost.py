@@ -9,10 +9,17 @@ alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedspine.structure import ModelShape, Structure
 
 FLOAT_BYTES = 4
+
+Number = TypeVar("Number", float, NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -53,21 +60,19 @@ class Workload:
         """Training FLOPs of a local round on a cut model."""
         return self.local_iterations * self.iteration_flops(structure.counts(), rank)
 
-    def planned_flops(self, ratio: float, rank: int) -> float:
-        """The same for a pruning ratio that is spread evenly over layers, heads and channels."""
-        return self.local_iterations * self.iteration_flops(self._even(ratio), rank)
-
-    def adapter_bytes(self, ratio: float, rank: int) -> float:
-        """Bytes of the float32 adapters and head at an evenly spread pruning ratio, one way."""
+    def planned_flops(self, ratio: Number, rank: Number) -> Number:
+        """The same for a pruning ratio that is spread evenly over layers, heads and channels; also of arrays."""
+        base, cut, uncut = self._flops_terms
         keep = 1.0 - ratio
-        total = 0.0
-        for module in self.shape.modules:
-            cut = (self.shape.heads * self.shape.head_dim if module.unit == "heads" else self.shape.channels) * keep
-            total += rank * (cut + (module.d_in if module.axis == "rows" else module.d_out))
-        return FLOAT_BYTES * total + self.shape.head_bytes
+        return base * keep + rank * (cut * keep + uncut)
 
-    def planned_bytes(self, ratio: float, rank: int) -> float:
-        """Bytes both ways: adapters down and up, the structure, the scores up."""
+    def adapter_bytes(self, ratio: Number, rank: Number) -> Number:
+        """Bytes of the float32 adapters and head at an evenly spread pruning ratio, one way; also of arrays."""
+        cut, uncut = self._adapter_terms
+        return FLOAT_BYTES * rank * (cut * (1.0 - ratio) + uncut) + self.shape.head_bytes
+
+    def planned_bytes(self, ratio: Number, rank: Number) -> Number:
+        """Bytes both ways: adapters down and up, the structure, the scores up; also of arrays."""
         structure = self.shape.layers * ((self.shape.heads + 7) // 8 + (self.shape.channels + 7) // 8)
         return 2 * self.adapter_bytes(ratio, rank) + 2 * structure + self.score_bytes
 
@@ -87,6 +92,22 @@ class Workload:
         activations = FLOAT_BYTES * tokens * (shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * self.length)
         return weights + adapters + activations
 
-    def _even(self, ratio: float) -> tuple[tuple[float, float], ...]:
-        keep = 1.0 - ratio
-        return ((self.shape.heads * keep, self.shape.channels * keep),) * self.shape.layers
+    @cached_property
+    def _flops_terms(self) -> tuple[float, float, float]:
+        """FLOPs of a round are base * keep + rank * (cut * keep + uncut): the formula at three points."""
+
+        def at(keep: float, rank: int) -> float:
+            even = ((self.shape.heads * keep, self.shape.channels * keep),) * self.shape.layers
+            return self.local_iterations * self.iteration_flops(even, rank)
+
+        base, uncut = at(1.0, 0), at(0.0, 1)
+        return base, at(1.0, 1) - base - uncut, uncut
+
+    @cached_property
+    def _adapter_terms(self) -> tuple[int, int]:
+        """Values of rank-1 adapters that go with what is cut, and that stay."""
+        shape = self.shape
+        cut = sum(
+            shape.heads * shape.head_dim if module.unit == "heads" else shape.channels for module in shape.modules
+        )
+        return cut, sum(module.d_in if module.axis == "rows" else module.d_out for module in shape.modules)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from fedspine.controller.policy import Oracle
 from fedspine.controller.simple import safe_action
 from fedspine.controller.time_model import learn_rates, rates_of
-from fedspine.controller.tree import Point, grow, statistics
+from fedspine.controller.tree import grow, statistics
 from fedspine.cost import Workload
 from fedspine.types import TRAINED, Action, Candidate, Pull
 
@@ -49,14 +50,54 @@ class Arms:
 
 def arms_of(candidate: Candidate) -> tuple[Action, ...]:
     """A grid over the allowed ratios and ranks."""
-    ratios = np.unique(np.linspace(candidate.min_ratio, candidate.max_ratio, RATIO_LEVELS))
-    return tuple(Action(float(ratio), rank) for ratio in ratios for rank in candidate.ranks)
+    return _grid(candidate.min_ratio, candidate.max_ratio, candidate.ranks)
 
 
-def prior_quality(candidate: Candidate, action: Action) -> float:
-    """Expected progress of a round with this arm, in arbitrary units near 1."""
-    ahead = action.pruning_ratio - candidate.min_ratio
-    return 1.0 - 0.55 * math.exp(-action.lora_rank / 4.0) - AHEAD_COST * ahead
+@lru_cache(maxsize=4096)
+def _grid(lowest: float, highest: float, ranks: tuple[int, ...]) -> tuple[Action, ...]:
+    ratios = np.unique(np.linspace(lowest, highest, RATIO_LEVELS))
+    return tuple(Action(float(ratio), rank) for ratio in ratios for rank in ranks)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The arms of a whole cohort side by side, so that they are priced in a few array operations."""
+
+    actions: tuple[tuple[Action, ...], ...]
+    """By device."""
+    ratios: Floats
+    ranks: Floats
+    current: Floats
+    """What the arm's device has cut already."""
+    lowest: Floats
+    """Smallest ratio that the arm's device may have."""
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate]) -> Grid:
+        actions = tuple(map(arms_of, candidates))
+        counts = [len(arms) for arms in actions]
+        flat = [action for arms in actions for action in arms]
+        return cls(
+            actions,
+            np.array([action.pruning_ratio for action in flat]),
+            np.array([action.lora_rank for action in flat], dtype=np.float64),
+            np.repeat([candidate.ratio for candidate in candidates], counts),
+            np.repeat([candidate.min_ratio for candidate in candidates], counts),
+        )
+
+    def prior(self) -> Floats:
+        """Expected progress of a round with each arm, in arbitrary units near 1."""
+        return 1.0 - 0.55 * np.exp(-self.ranks / 4.0) - AHEAD_COST * (self.ratios - self.lowest)
+
+    def by_arm(self, values: Sequence[float]) -> Floats:
+        """A value of every device, repeated for its arms."""
+        return np.repeat(values, [len(arms) for arms in self.actions])
+
+    def cohort(self, seconds: Floats, quality: Floats) -> list[Arms]:
+        """Priced arms, device by device."""
+        ends = np.cumsum([len(arms) for arms in self.actions])[:-1]
+        parts = zip(self.actions, np.split(seconds, ends), np.split(quality, ends), strict=True)
+        return [Arms(*part) for part in parts]
 
 
 def choose(cohort: Sequence[Arms]) -> tuple[Action, ...]:
@@ -94,15 +135,13 @@ class Clairvoyant:
     def suggest(
         self, round: int, candidates: Sequence[Candidate], pulls: Sequence[Pull], key: tuple[int, ...]
     ) -> tuple[Action, ...]:
-        cohort = []
-        for candidate in candidates:
-            actions = arms_of(candidate)
-            seconds = [
-                self._oracle(round, candidate.device, action.pruning_ratio, action.lora_rank) for action in actions
-            ]
-            quality = [prior_quality(candidate, action) for action in actions]
-            cohort.append(Arms(actions, np.array(seconds), np.array(quality)))
-        return choose(cohort)
+        grid = Grid.of(candidates)
+        seconds = [
+            self._oracle(round, candidate.device, action.pruning_ratio, action.lora_rank)
+            for candidate, actions in zip(candidates, grid.actions, strict=True)
+            for action in actions
+        ]
+        return choose(grid.cohort(np.array(seconds), grid.prior()))
 
 
 class TimeModelPolicy:
@@ -116,23 +155,19 @@ class TimeModelPolicy:
         self, round: int, candidates: Sequence[Candidate], pulls: Sequence[Pull], key: tuple[int, ...]
     ) -> tuple[Action, ...]:
         rates = rates_of(candidates, learn_rates(pulls))
-        correction = self._correction(candidates, pulls)
-        cohort = []
-        for candidate, rate in zip(candidates, rates, strict=True):
-            if rate is None:
-                return tuple(safe_action(each, self._safe_rank) for each in candidates)
-            actions = arms_of(candidate)
-            seconds = [
-                rate.seconds_per_flop * self._workload.planned_flops(action.pruning_ratio, action.lora_rank)
-                + rate.seconds_per_byte * self._workload.planned_bytes(action.pruning_ratio, action.lora_rank)
-                for action in actions
-            ]
-            quality = [prior_quality(candidate, action) + correction(candidate, action) for action in actions]
-            cohort.append(Arms(actions, np.array(seconds), np.array(quality)))
-        return choose(cohort)
+        known = [rate for rate in rates if rate is not None]
+        if len(known) < len(rates):
+            return tuple(safe_action(each, self._safe_rank) for each in candidates)
+        grid = Grid.of(candidates)
+        seconds = grid.by_arm([rate.seconds_per_flop for rate in known]) * self._workload.planned_flops(
+            grid.ratios, grid.ranks
+        ) + grid.by_arm([rate.seconds_per_byte for rate in known]) * self._workload.planned_bytes(
+            grid.ratios, grid.ranks
+        )
+        return choose(grid.cohort(seconds, grid.prior() + self._correction(grid, pulls)))
 
-    def _correction(self, candidates: Sequence[Candidate], pulls: Sequence[Pull]) -> _Correction:
-        return _Correction((), (), np.zeros(0))
+    def _correction(self, grid: Grid, pulls: Sequence[Pull]) -> Floats:
+        return np.zeros(len(grid.ratios))
 
 
 class FedSpinePolicy(TimeModelPolicy):
@@ -142,43 +177,28 @@ class FedSpinePolicy(TimeModelPolicy):
         super().__init__(workload, safe_rank)
         self._ranks = ranks
 
-    def _correction(self, candidates: Sequence[Candidate], pulls: Sequence[Pull]) -> _Correction:
-        ranks = self._ranks
+    def _correction(self, grid: Grid, pulls: Sequence[Pull]) -> Floats:
         done = [pull for pull in pulls if pull.report.outcome == TRAINED]
         if not done:
-            return super()._correction(candidates, pulls)
-        points = [_point(pull.ratio_before, pull.action, ranks) for pull in done]
-        qualities = [pull.quality for pull in done]
-        leaves = grow(points)
-        counts, means = statistics(leaves, qualities, QUALITY_DISCOUNT)
+            return super()._correction(grid, pulls)
+        x, y = self._points(
+            np.array([pull.action.pruning_ratio - pull.ratio_before for pull in done]),
+            np.array([pull.action.lora_rank for pull in done], dtype=np.float64),
+        )
+        leaves = grow(list(zip(x.tolist(), y.tolist(), strict=True)))
+        counts, means = statistics(leaves, [pull.quality for pull in done], QUALITY_DISCOUNT)
         mean = float(np.sum(counts * means) / np.sum(counts))
         trust = counts / (counts + QUALITY_PRIOR_PULLS)
         bonus = QUALITY_BONUS * np.sqrt(math.log1p(float(counts.sum())) / (1.0 + counts))
         values = QUALITY_WEIGHT * trust * (means - mean) + bonus
-        return _Correction(tuple((leaf.low, leaf.high) for leaf in leaves), ranks, values)
+        x, y = self._points(grid.ratios - grid.current, grid.ranks)
+        correction = np.zeros(len(x))
+        for leaf, value in zip(leaves, values, strict=True):
+            correction[leaf.holds(x, y)] = value
+        return correction
 
-
-@dataclass(frozen=True)
-class _Correction:
-    """Value by leaf of the shared tree; zero without one."""
-
-    boxes: tuple[tuple[Point, Point], ...]
-    ranks: tuple[int, ...]
-    values: Floats
-
-    def __call__(self, candidate: Candidate, action: Action) -> float:
-        if not self.boxes:
-            return 0.0
-        x, y = _point(candidate.ratio, action, self.ranks)
-        for (low, high), value in zip(self.boxes, self.values, strict=True):
-            if low[0] <= x and (x < high[0] or high[0] >= 1) and low[1] <= y and (y < high[1] or high[1] >= 1):
-                return float(value)
-        return 0.0
-
-
-def _point(before: float, action: Action, ranks: tuple[int, ...]) -> Point:
-    """(pruning step, log rank) in the unit square; a step of a quarter or more is the far edge."""
-    step = min(max(4.0 * (action.pruning_ratio - before), 0.0), 1.0)
-    span = math.log2(ranks[-1]) - math.log2(ranks[0])
-    rank = (math.log2(action.lora_rank) - math.log2(ranks[0])) / span if span else 0.0
-    return step, min(max(rank, 0.0), 1.0)
+    def _points(self, steps: Floats, ranks: Floats) -> tuple[Floats, Floats]:
+        """(pruning step, log rank) in the unit square; a step of a quarter or more is the far edge."""
+        lowest, highest = math.log2(self._ranks[0]), math.log2(self._ranks[-1])
+        y = (np.log2(ranks) - lowest) / (highest - lowest) if highest > lowest else np.zeros(len(ranks))
+        return np.clip(4.0 * steps, 0.0, 1.0), np.clip(y, 0.0, 1.0)

@@ -28,10 +28,16 @@ class Leaf:
     """Indices of the samples inside, oldest first."""
 
     def contains(self, point: Point) -> bool:
-        return all(
-            low <= value and (value < high or high >= 1.0)
-            for value, low, high in zip(point, self.low, self.high, strict=True)
-        )
+        (x, y), (left, bottom), (right, top) = point, self.low, self.high
+        return left <= x and bottom <= y and (x < right or right >= 1.0) and (y < top or top >= 1.0)
+
+    def holds(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """`contains` of many points at once."""
+        inside = (self.low[0] <= x) & (self.low[1] <= y)
+        for values, high in zip((x, y), self.high, strict=True):
+            if high < 1.0:
+                inside &= values < high
+        return inside
 
 
 def grow(points: Sequence[Point]) -> list[Leaf]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedspine.config import RunConfig
-from fedspine.controller.joint import Arms, arms_of, choose, prior_quality
+from fedspine.controller.joint import Arms, Grid, arms_of, choose
 from fedspine.controller.policy import Policy, feasible, make_policy, rank_grid
 from fedspine.controller.reward import reward_pulls
 from fedspine.controller.s_ucb import SUcbPolicy
@@ -408,7 +408,7 @@ def test_clairvoyant_equals_brute_force() -> None:
         meter = VirtualMeter(device_state(population, 0, candidate.device, 3))
         actions = arms_of(candidate)
         seconds = [sum(seconds_of(meter, one.pruning_ratio, one.lora_rank)) for one in actions]
-        known.append(Arms(actions, np.array(seconds), np.array([prior_quality(candidate, one) for one in actions])))
+        known.append(Arms(actions, np.array(seconds), Grid.of([candidate]).prior()))
     actions = build("clairvoyant").suggest(3, cohort, (), KEY)
     picked = [arms.actions.index(action) for arms, action in zip(known, actions, strict=True)]
     quality = sum(arms.quality[arm] for arms, arm in zip(known, picked, strict=True))
