@@ -16,7 +16,7 @@ import numpy as np
 
 from fedspine.aggregation import RULES
 from fedspine.aggregation.update import Update
-from fedspine.client_round import workload_of
+from fedspine.client_round import configure_threads, workload_of
 from fedspine.config import RunConfig
 from fedspine.controller.policy import make_policy, rank_grid
 from fedspine.lora.adapters import narrow, start_adapters
@@ -29,6 +29,7 @@ DEVICES, PAST, REPLIES, RUNS = 1_000, 3_000, 100, 3
 
 
 def main() -> None:
+    configure_threads(1)
     config = RunConfig(devices=DEVICES, sampled=DEVICES)
     model, _, family = load_model(config, 2)
     resident = ResidentModel(model, family, config.lora_targets, config.max_rank, config.lora_scale)

@@ -97,7 +97,9 @@ def workbench(settings: str) -> Workbench:
     population = load_population(config.population, config.devices)
     rows = partition_rows(task, config)
     model, tokenizer, family = load_model(config, len(task.classes))
-    resident = ResidentModel(model, family, config.lora_targets, config.max_rank, config.lora_scale)
+    resident = ResidentModel(
+        model, family, config.lora_targets, config.max_rank, config.lora_scale, getattr(torch, config.dtype)
+    )
     return Workbench(
         config=config,
         task=task,

@@ -15,10 +15,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedspine.aggregation.update import Update, contributor_mass, mean_heads
+from fedspine.aggregation.update import Update, mean_heads
 from fedspine.lora.adapters import kept_features
 from fedspine.structure import ModelShape, ModuleShape
 from fedspine.types import Array, Arrays
+
+DENSE_FROM = 8
+"""A randomised SVD pays when both sides of a matrix are so many times the rank."""
+OVERSAMPLING = 2
+POWER_ITERATIONS = 2
 
 
 def aggregate(current: Arrays, updates: Sequence[Update], shape: ModelShape) -> dict[str, Array]:
@@ -50,8 +55,12 @@ def average(past: Arrays, new: Arrays, decay: float, shape: ModelShape) -> dict[
 def truncate(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
     """Best approximation of b @ a of the given rank, as balanced factors (B [d_out, rank], A [rank, d_in]).
 
-    SVD of the small core between the QR factors: no d_out x d_in matrix is formed.
+    SVD of the small core between the QR factors. Of many joined factors that core would be as large as the product
+    itself: then the product is formed, and a randomised SVD (always from the same seed) finds its leading components.
     """
+    smaller = min(b.shape[0], a.shape[1])
+    if len(a) > smaller > DENSE_FROM * rank:
+        return _leading(b, a, rank)
     q_b, r_b = torch.linalg.qr(torch.from_numpy(np.ascontiguousarray(b, dtype=np.float32)))
     q_a, r_a = torch.linalg.qr(torch.from_numpy(np.ascontiguousarray(a.T, dtype=np.float32)))
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
@@ -64,27 +73,34 @@ def truncate(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
     return new_b.numpy(), new_a.numpy()
 
 
+def _leading(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(torch.from_numpy(b @ a), q=OVERSAMPLING * rank, niter=POWER_ITERATIONS)
+    root = s[:rank].sqrt()
+    return (u[:, :rank] * root).numpy(), (root[:, None] * v[:, :rank].T).numpy()
+
+
 def _module_sum(
     current: Arrays, updates: Sequence[Update], module: ModuleShape, shape: ModelShape
 ) -> tuple[Array, Array]:
     """Joined factors (b [d_out, R], a [R, d_in]) of the global product plus the averaged changes."""
     rows = module.axis == "rows"
     b0, a0 = current[f"{module.name}.B"], current[f"{module.name}.A"]
-    cut_side = b0 if rows else a0.T
-    mass = contributor_mass(updates, module, shape)
-    share_gone = np.zeros(cut_side.shape, dtype=np.float32)
-    parts_cut, parts_other = [], []
-    for update in updates:
-        kept = kept_features(module, update.structure, shape)
-        scale = (update.weight / mass[kept]).astype(np.float32)
+    kept = [kept_features(module, update.structure, shape) for update in updates]
+    ends = np.cumsum([len(a0), *(len(update.arrays[f"{module.name}.A"]) for update in updates)])
+    cut_side = np.zeros((module.d_out if rows else module.d_in, ends[-1]), dtype=np.float32)
+    other = np.empty((ends[-1], module.d_in if rows else module.d_out), dtype=np.float32)
+    mass = np.zeros(len(cut_side))
+    for update, index in zip(updates, kept, strict=True):
+        mass[index] += update.weight
+    gone = np.zeros((len(cut_side), len(a0)), dtype=np.float32)
+    for update, index, start, end in zip(updates, kept, ends[:-1], ends[1:], strict=True):
+        scale = (update.weight / mass[index]).astype(np.float32)[:, None]
         b, a = update.arrays[f"{module.name}.B"], update.arrays[f"{module.name}.A"]
-        rank = len(a)
-        full = np.zeros((len(mass), rank), dtype=np.float32)
-        full[kept] = (b if rows else a.T) * scale[:, None]
-        share_gone[kept, :rank] += scale[:, None]
-        parts_cut.append(full)
-        parts_other.append(a if rows else b.T)
-    parts_cut.insert(0, cut_side * (1.0 - share_gone))
-    parts_other.insert(0, a0 if rows else b0.T)
-    joined_cut, joined_other = np.concatenate(parts_cut, axis=1), np.concatenate(parts_other, axis=0)
-    return (joined_cut, joined_other) if rows else (joined_other.T, joined_cut.T)
+        cut_side[index, start:end] = (b if rows else a.T) * scale
+        other[start:end] = a if rows else b.T
+        gone[index, : end - start] += scale
+    cut_side[:, : len(a0)] = (b0 if rows else a0.T) * (1.0 - gone)
+    other[: len(a0)] = a0 if rows else b0.T
+    return (cut_side, other) if rows else (other.T, cut_side.T)

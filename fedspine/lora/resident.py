@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 from fedspine.lora.adapters import HEAD, kept_features
 from fedspine.pruning.families import describe, family_of, linear_layers, unit_of
@@ -26,10 +29,25 @@ _ADAPTER = "default"
 class ResidentModel:
     """The base model with PEFT adapters, mounted for one structure and one set of adapters at a time."""
 
-    def __init__(self, model: nn.Module, family: str, targets: tuple[str, ...], rank: int, scale: float) -> None:
-        """Take over `model` (fresh, uncut). `scale` is alpha / rank, the same for every rank mounted."""
+    def __init__(
+        self,
+        model: nn.Module,
+        family: str,
+        targets: tuple[str, ...],
+        rank: int,
+        scale: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Take over `model` (fresh, uncut, float32). `scale` is alpha / rank, the same for every rank mounted.
+
+        `dtype`: of the frozen weights and of the arithmetic; adapters and head are float32 in any case.
+        """
         self.shape: ModelShape = describe(model, family, targets)
         self.scale = scale
+        self.head = model.get_submodule(family_of(family).head)
+        self._head = {HEAD + name: value.detach().numpy().copy() for name, value in self.head.state_dict().items()}
+        _to(model, dtype)
+        self.head.float().register_forward_pre_hook(_in_float)
         self._names = linear_layers(model, family_of(family))
         self._base = {
             name: (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
@@ -41,11 +59,13 @@ class ResidentModel:
             r=rank, lora_alpha=scale * rank, target_modules=[m.name for m in self.shape.modules], lora_dropout=0.0
         )
         self.model = inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
-        self.head = self.model.get_submodule(family_of(family).head)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._modules = {module.name: module for module in self.shape.modules}
-        self._head = {HEAD + name: value.detach().numpy().copy() for name, value in self.head.state_dict().items()}
+        for name in self._modules:
+            layer = self._layer(name)
+            layer.cast_input_dtype_enabled = False
+            layer.lora_variant[_ADAPTER] = FusedLora()
         self.structure = Structure.full(self.shape)
         self.parameters: dict[str, nn.Parameter] = {}
 
@@ -103,7 +123,7 @@ class ResidentModel:
     def lora(self, module: ModuleShape) -> tuple[nn.Parameter, nn.Parameter, torch.Tensor]:
         """(A [rank, d_in], B [d_out, rank], frozen weight [d_out, d_in]) of a mounted projection."""
         layer = self._layer(module.name)
-        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, layer.get_base_layer().weight
+        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, layer.get_base_layer().weight.float()
 
     def _cut_base(self, name: str, role: str, layer: int, structure: Structure) -> None:
         unit, axis = unit_of(role)
@@ -126,12 +146,12 @@ class ResidentModel:
         layer.enable_adapters(not merge)
         if merge:
             linear = self._linear(name)
-            linear.weight = nn.Parameter(torch.addmm(linear.weight, b, a, alpha=self.scale), requires_grad=False)
+            merged = torch.addmm(linear.weight.float(), b, a, alpha=self.scale).to(linear.weight.dtype)
+            linear.weight = nn.Parameter(merged, requires_grad=False)
         rank = len(a)
         layer.r[_ADAPTER], layer.scaling[_ADAPTER] = rank, self.scale
         for side, part, value in (("A", layer.lora_A[_ADAPTER], a), ("B", layer.lora_B[_ADAPTER], b)):
             part.weight = nn.Parameter(value, requires_grad=not merge)
-            part.out_features, part.in_features = value.shape
             self.parameters[f"{name}.{side}"] = part.weight
 
     def _layer(self, name: str) -> LoraLayer:
@@ -141,6 +161,32 @@ class ResidentModel:
         module = self.model.get_submodule(name)
         linear: nn.Linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
         return linear
+
+
+class FusedLora(LoraVariant):  # type: ignore[misc]
+    """PEFT's LoRA with the scaling on the rank-sized side and one fused product for the wide side.
+
+    The factors are float32; the arithmetic is in the type of the input.
+    """
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: object
+    ) -> torch.Tensor:
+        a, b = (side[active_adapter].weight.to(x.dtype) for side in (module.lora_A, module.lora_B))
+        low = functional.linear(x, a) * module.scaling[active_adapter]
+        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.T).view_as(result)
+
+
+def _to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store and compute in `dtype`. The fused attention of CPUs is several times slower in anything but float32."""
+    model.to(dtype)
+    if dtype != torch.float32 and isinstance(model, PreTrainedModel):
+        model.set_attn_implementation("eager")
+
+
+def _in_float(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(value.float() for value in inputs)
 
 
 def update_norm(before: Mapping[str, Array], after: Mapping[str, Array], shape: ModelShape, scale: float) -> float:

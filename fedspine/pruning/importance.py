@@ -97,7 +97,7 @@ class FisherScorer(_Smoothed):
             value = output.detach()
 
             def take(gradient: torch.Tensor) -> None:
-                per_example = torch.einsum("bsc,bsc->bc", value, gradient)
+                per_example = (value * gradient).sum(1, dtype=torch.float32)
                 if size > 1:
                     per_example = per_example.reshape(len(per_example), -1, size).sum(2)
                 self._seen[layer, unit] = per_example.square().sum(0).numpy()

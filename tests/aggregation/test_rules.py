@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from fedspine.aggregation import RULES, Update
 from fedspine.aggregation.product import average, truncate
@@ -78,6 +79,24 @@ def test_product_orders_components() -> None:
     b, a = truncate(np.random.default_rng(0).normal(size=(9, 5)), np.random.default_rng(1).normal(size=(5, 7)), 3)
     sizes = np.linalg.norm(b, axis=0) * np.linalg.norm(a, axis=1)
     assert (np.diff(sizes) <= 1e-5).all()
+
+
+def test_many_joined_factors_come_as_close_as_the_exact_svd() -> None:
+    """More joined columns than the matrix has: the randomised path, the same bits every time."""
+    rng = np.random.default_rng(0)
+    signal = rng.normal(size=(96, 8)) @ rng.normal(size=(8, 70))
+    b = rng.normal(size=(96, 200)).astype(np.float32)
+    a = (np.linalg.pinv(b) @ (signal + 0.1 * rng.normal(size=signal.shape))).astype(np.float32)
+    u, s, vt = np.linalg.svd(b @ a)
+    best = (u[:, :8] * s[:8]) @ vt[:8]
+    state = torch.random.get_rng_state()
+    found, again = truncate(b, a, 8), truncate(b, a, 8)
+    assert (state == torch.random.get_rng_state()).all()
+    assert (found[0] == again[0]).all()
+    assert (found[1] == again[1]).all()
+    np.testing.assert_allclose(found[0] @ found[1], best, atol=1e-3)
+    sizes = np.linalg.norm(found[0], axis=0) * np.linalg.norm(found[1], axis=1)
+    assert (np.diff(sizes) <= 1e-4).all()
 
 
 def test_coordinate_does_not_dilute_and_zero_pad_does() -> None:

@@ -226,7 +226,7 @@ VALUES = {
     **{
         field.name: field.metadata["key"].choices
         for field in fields(RunConfig)
-        if field.name in ("policy", "importance", "masks", "aggregation", "schedule", "reward")
+        if field.name in ("policy", "importance", "masks", "aggregation", "schedule", "reward", "dtype")
     },
     "partition": ("auto", "iid", "dirichlet", "shards", "column:writer"),
     "prune_interval": (1, 2, 4),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
-from fedspine.lora.resident import update_norm
+from fedspine.lora.resident import ResidentModel, update_norm
 from fedspine.structure import Structure
 from tests.tiny import TARGETS, random_arrays, tiny_model, tiny_resident, tokens, uneven_structure
 
@@ -55,6 +56,30 @@ def test_parity_with_peft() -> None:
         for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
             ours = resident.parameters[f"{module.name}.{side}"].grad
             torch.testing.assert_close(ours, part["default"].weight.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_bfloat16_is_float32_to_its_precision(family: str) -> None:
+    """Frozen weights and arithmetic in bfloat16; what trains, and what is sent, in float32."""
+    batch, labels = tokens(), torch.tensor([0, 1, 2])
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        resident = ResidentModel(tiny_model(family), family, TARGETS, 6, 2.0, dtype)
+        arrays = random_arrays(resident)
+        resident.mount(Structure.full(resident.shape), arrays)
+        logits = resident.model(**batch).logits
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        gradient = torch.cat([p.grad.flatten() for p in resident.parameters.values() if p.grad is not None])
+        assert all(p.dtype == torch.float32 for p in resident.parameters.values())
+        assert all((resident.arrays()[name] == array).all() for name, array in arrays.items())
+        resident.mount(Structure.full(resident.shape), arrays, merge=True)
+        with torch.no_grad():
+            torch.testing.assert_close(resident.model(**batch).logits, logits, rtol=0.05, atol=0.05)
+        found.append((logits.detach(), gradient, next(iter(resident.model.base_model.parameters())).dtype))
+    (full, gradient, _), (half, half_gradient, stored) = found
+    assert stored == torch.bfloat16
+    torch.testing.assert_close(half, full, rtol=0.1, atol=0.1)
+    assert torch.cosine_similarity(gradient, half_gradient, dim=0) > 0.99
 
 
 def test_only_adapters_and_head_train() -> None:
