@@ -219,46 +219,6 @@ def evaluate_round(federation: Federation, state: ServerState, record: RoundReco
     return record
 
 
-def prune_everyone(federation: Federation, state: ServerState, records: Sequence[RoundRecord]) -> ServerState:
-    """Cut every device that is not there yet to the target: also those that were never sampled."""
-    config, shape = federation.config, federation.shape
-    if config.target_sparsity == 0 or state.shared_scores is None:
-        return state
-    took_part = Counter(pull.device for record in records for pull in record.pulls if pull.report.outcome == TRAINED)
-    structures = {}
-    for device in range(config.devices):
-        scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, took_part[device])
-        structure = state.structures.get(device, Structure.full(shape))
-        structures[device] = select(structure, scores or state.shared_scores, config.target_sparsity, shape)
-    consensus = select(state.consensus, state.shared_scores, config.target_sparsity, shape)
-    return replace(state, structures=structures, consensus=consensus)
-
-
-def evaluate_devices(federation: Federation, state: ServerState) -> list[EvaluateReply]:
-    """Every device's own cut model with the averaged adapters, at the server's rank; replies by device.
-
-    The evaluation set is the same for all, so devices that keep the same structure are evaluated once.
-    """
-    config, shape = federation.config, federation.shape
-    structures = [state.structures.get(device, Structure.full(shape)) for device in range(config.devices)]
-    first = {structure: device for device, structure in reversed(list(enumerate(structures)))}
-    requests = [
-        EvaluateRequest(
-            state.round, device, structure, narrow(state.averaged, structure, config.max_rank, shape), config.to_json()
-        )
-        for structure, device in first.items()
-    ]
-    done = 0
-
-    def count(_: EvaluateReply) -> None:
-        nonlocal done
-        done += 1
-        federation.observer.evaluating(done, len(requests))
-
-    replies = dict(zip(first, federation.exchange.evaluate(requests, count), strict=True))
-    return [replace(replies[structure], device=device) for device, structure in enumerate(structures)]
-
-
 def sample_devices(config: RunConfig, round: int) -> list[int]:
     """The round's devices, without replacement, in ascending order."""
     rng = generator(config.seed, round, 0, Purpose.SAMPLE_DEVICES)

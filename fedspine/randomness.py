@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     BATCHES = 3
     PROBE_BATCH = 4
     ADAPTERS = 5
+    EVALUATE_DEVICES = 6
 
 
 def generator(seed: int, round: int, device: int, purpose: Purpose) -> np.random.Generator:

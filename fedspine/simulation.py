@@ -30,10 +30,9 @@ from fedspine.federation import (
     Exchange,
     Federation,
     ServerState,
-    evaluate_devices,
-    prune_everyone,
     run_rounds,
 )
+from fedspine.final import evaluate_devices, prune_everyone
 from fedspine.flower.engines import check_engine, run_federation
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.pruning.select import check_reachable

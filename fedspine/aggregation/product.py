@@ -76,7 +76,9 @@ def truncate(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
 def _leading(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(torch.from_numpy(b @ a), q=OVERSAMPLING * rank, niter=POWER_ITERATIONS)
+        u, s, v = torch.svd_lowrank(
+            torch.from_numpy(b) @ torch.from_numpy(a), q=OVERSAMPLING * rank, niter=POWER_ITERATIONS
+        )
     root = s[:rank].sqrt()
     return (u[:, :rank] * root).numpy(), (root[:, None] * v[:, :rank].T).numpy()
 

@@ -196,7 +196,11 @@ def update_norm(before: Mapping[str, Array], after: Mapping[str, Array], shape: 
     """
     total = 0.0
     for module in shape.modules:
-        b = np.concatenate([after[f"{module.name}.B"], -before[f"{module.name}.B"]], axis=1).astype(np.float64)
-        a = np.concatenate([after[f"{module.name}.A"], before[f"{module.name}.A"]], axis=0).astype(np.float64)
-        total += float(np.sum((b.T @ b) * (a @ a.T)))
+        b_after, b_before, a_after, a_before = (
+            torch.from_numpy(np.asarray(arrays[f"{module.name}.{side}"])).double()
+            for side in "BA"
+            for arrays in (after, before)
+        )
+        b, a = torch.cat([b_after, -b_before], dim=1), torch.cat([a_after, a_before])
+        total += float(torch.sum((b.T @ b) * (a @ a.T)))
     return scale * math.sqrt(max(total, 0.0))

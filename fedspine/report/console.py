@@ -148,7 +148,8 @@ def _summary_table(summary: Mapping[str, Any]) -> Table:
         "global model": f"accuracy {summary['final_accuracy']:.3f}, smoothed (averaged adapters) "
         f"{summary['smoothed_accuracy']:.3f}",
         "devices' own models": f"mean {summary['device_accuracy_mean']:.3f}, sd {summary['device_accuracy_sd']:.3f}, "
-        f"worst {summary['device_accuracy_min']:.3f}",
+        f"worst {summary['device_accuracy_min']:.3f}"
+        + (f" (of {summary['devices_evaluated']})" if summary["devices_evaluated"] < summary["devices"] else ""),
         "sparsity": f"{summary['sparsity_prunable']:.1%} of the prunable parameters, "
         f"{summary['sparsity_total']:.1%} of the whole model",
         "virtual time": clock(summary["virtual_seconds"])

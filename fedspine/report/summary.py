@@ -46,6 +46,7 @@ def summarise(
         "threads": config.threads,
         "final_accuracy": evaluated[-1].accuracy if evaluated else None,
         "smoothed_accuracy": evaluated[-1].smoothed_accuracy if evaluated else None,
+        "devices_evaluated": len(device_accuracies),
         "device_accuracy_mean": statistics.fmean(device_accuracies),
         "device_accuracy_sd": statistics.pstdev(device_accuracies),
         "device_accuracy_min": min(device_accuracies),
