@@ -62,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--out", metavar="DIR", help="new directory of the run (default: runs/METHOD-DATE-TIME)")
     simulate.add_argument("--resume", metavar="DIR", help="continue the run in DIR")
     simulate.add_argument(
-        "--engine", choices=("inline", "ray"), default="ray", help="one process, or Flower's runtime on Ray (default)"
+        "--engine",
+        choices=("inline", "grouped", "ray"),
+        default="ray",
+        help="Flower's runtime on Ray (default); inline: one process; "
+        "grouped: one process that trains the devices of a round as one batch",
     )
     simulate.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of the ray engine (default: cores)"

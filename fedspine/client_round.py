@@ -6,6 +6,7 @@ adapters and structures travel. In a simulation one process stands in for many d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -20,7 +21,7 @@ from fedspine.data.partition import partition_rows
 from fedspine.data.task import TextTask, load_task
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
-from fedspine.lora.adapters import nbytes
+from fedspine.lora.adapters import narrow, nbytes, widen
 from fedspine.lora.resident import ResidentModel, update_norm
 from fedspine.model import load_model
 from fedspine.pruning.importance import SCORERS
@@ -28,12 +29,13 @@ from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
 from fedspine.stopwatch import Stopwatch
-from fedspine.structure import ModelShape
+from fedspine.structure import ModelShape, Structure
 from fedspine.training import LocalOptimizer, evaluate, tune
 from fedspine.types import (
     FAILED,
     OUT_OF_MEMORY,
     TRAINED,
+    Arrays,
     EvaluateReply,
     EvaluateRequest,
     Probe,
@@ -112,14 +114,60 @@ def workbench(settings: str) -> Workbench:
     )
 
 
+@dataclass(frozen=True)
+class Local:
+    """A device's part in a round, before it trains."""
+
+    request: TrainRequest
+    data: Encoded
+    meter: VirtualMeter
+    report: Report
+
+    def finished(
+        self,
+        bench: Workbench,
+        structure: Structure,
+        arrays: Arrays,
+        scores: Scores | None,
+        losses: tuple[float, float],
+        flops: float,
+        wall: Mapping[str, float],
+    ) -> TrainReply:
+        """The reply after training. `losses`: on the probe batch, before and after."""
+        config, request, meter = bench.config, self.request, self.meter
+        if not np.isfinite(losses).all():
+            message = f"the loss became {losses[1]}: the training diverged; try a smaller learning_rate"
+            failed = replace(self.report, outcome=FAILED, message=message)
+            return TrainReply(request.device, failed, request.structure, {}, None)
+        rank = request.action.lora_rank
+        start = narrow(widen(request.arrays, request.structure, bench.shape), structure, rank, bench.shape)
+        upload = nbytes(arrays) + structure.nbytes + scores_nbytes(scores)
+        report = replace(
+            self.report,
+            compute_seconds=meter.compute_seconds(flops, config.local_iterations),
+            upload_bytes=upload,
+            upload_seconds=meter.upload_seconds(upload),
+            loss_before=losses[0],
+            loss_after=losses[1],
+            update_norm=update_norm(start, arrays, bench.shape, config.lora_scale),
+            wall=wall,
+        )
+        return TrainReply(request.device, report, structure, arrays, scores)
+
+
 def train(request: TrainRequest) -> TrainReply:
     """A device's local round. Out of memory is an outcome, not an error."""
     bench = workbench(request.settings)
+    configure_threads(bench.config.threads)
     watch = Stopwatch()
-    config = bench.config
-    configure_threads(config.threads)
+    local = begin(request, bench)
+    return local if isinstance(local, TrainReply) else _tuned(local, bench, watch)
+
+
+def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
+    """Download what the request holds; the reply of a device whose memory is too small for it."""
     rows = bench.rows[request.device]
-    meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
+    meter = VirtualMeter(device_state(bench.population, bench.config.seed, request.device, request.round))
     needed = bench.workload.memory_bytes(request.structure, request.action.lora_rank)
     download = nbytes(request.arrays) + request.structure.nbytes + scores_nbytes(request.scores)
     report = Report(
@@ -133,17 +181,46 @@ def train(request: TrainRequest) -> TrainReply:
         message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
         failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
         return TrainReply(request.device, failed, request.structure, {}, None)
-    return _tuned(request, bench, bench.train.take(rows), meter, report, watch)
+    return Local(request, bench.train.take(rows), meter, report)
 
 
-def _tuned(
-    request: TrainRequest, bench: Workbench, data: Encoded, meter: VirtualMeter, report: Report, watch: Stopwatch
-) -> TrainReply:
-    config, resident, round = bench.config, bench.resident, request.round
+def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
+    """The mini-batches of the local round."""
+    config, request = bench.config, local.request
+    rng = generator(config.seed, request.round, request.device, Purpose.BATCHES)
+    return training_batches(local.data, config.batch_size, config.local_iterations, rng, bench.pad_id)
+
+
+def next_structure(
+    request: TrainRequest, bench: Workbench, iteration: int, now: Structure, own: Callable[[], Scores]
+) -> Structure | None:
+    """What to cut to before a local iteration, or None; `own`: the device's scores so far."""
+    config = bench.config
+    if not iteration or iteration % config.prune_interval or request.scores is None or config.target_sparsity == 0:
+        return None
+    ratio = _cut_ratio(request, config, iteration // config.prune_interval, bench.shape)
+    if ratio is None:
+        return None
+    scores = request.scores if config.masks == "shared" else blend(own(), request.scores, 5)
+    return select(now, scores, ratio, bench.shape)
+
+
+def probe_batch(local: Local, bench: Workbench) -> list[Batch]:
+    """A device's fixed, class-balanced probe batch: one-label mini-batches would mostly measure label skew.
+
+    In parts of like length, which halves the padding.
+    """
+    rng = generator(bench.config.seed, 0, local.request.device, Purpose.PROBE_BATCH)
+    rows = balanced_sample(local.data.labels, bench.config.probe_examples, rng)
+    return list(evaluation_batches(local.data.take(rows), PROBE_PART, bench.pad_id))
+
+
+def _tuned(local: Local, bench: Workbench, watch: Stopwatch) -> TrainReply:
+    config, resident, request = bench.config, bench.resident, local.request
     with watch.part("mount"):
         resident.mount(request.structure, request.arrays)
     with watch.part("probe batch"):
-        probe = _probe_batch(config, data, request.device, bench.pad_id)
+        probe = probe_batch(local, bench)
         _, loss_before, _ = evaluate(resident, probe)
     optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
     scorer = SCORERS[config.importance](resident, config.seed) if config.target_sparsity > 0 else None
@@ -151,41 +228,23 @@ def _tuned(
 
     def before_step(iteration: int) -> None:
         nonlocal flops
-        if iteration and iteration % config.prune_interval == 0:
-            ratio = _cut_ratio(request, config, iteration // config.prune_interval, resident.shape)
-            if ratio is not None and scorer is not None and request.scores is not None:
-                scores = request.scores if config.masks == "shared" else blend(scorer.scores(), request.scores, 5)
-                optimizer.cut(select(resident.structure, scores, ratio, resident.shape))
+        if scorer is not None:
+            structure = next_structure(request, bench, iteration, resident.structure, scorer.scores)
+            if structure is not None:
+                optimizer.cut(structure)
         flops += bench.workload.iteration_flops(resident.structure.counts(), request.action.lora_rank)
 
-    rng = generator(config.seed, round, request.device, Purpose.BATCHES)
-    batches = training_batches(data, config.batch_size, config.local_iterations, rng, bench.pad_id)
     try:
-        tune(resident, optimizer, batches, scorer.observe if scorer else _nothing, before_step, watch)
+        observe = scorer.observe if scorer else _nothing
+        tune(resident, optimizer, batches_of(local, bench), observe, before_step, watch)
         scores = scorer.scores() if scorer else None
     finally:
         if scorer:
             scorer.close()
-    arrays = resident.arrays()
-    structure = resident.structure
-    upload = nbytes(arrays) + structure.nbytes + scores_nbytes(scores)
     with watch.part("probe batch"):
         _, loss_after, _ = evaluate(resident, probe)
-    start = _sliced(request, resident)
-    if not np.isfinite([loss_before, loss_after]).all():
-        message = f"the loss became {loss_after}: the training diverged; try a smaller learning_rate"
-        return TrainReply(request.device, replace(report, outcome=FAILED, message=message), request.structure, {}, None)
-    report = replace(
-        report,
-        compute_seconds=meter.compute_seconds(flops, config.local_iterations),
-        upload_bytes=upload,
-        upload_seconds=meter.upload_seconds(upload),
-        loss_before=loss_before,
-        loss_after=loss_after,
-        update_norm=update_norm(start, arrays, resident.shape, config.lora_scale),
-        wall=watch.seconds(),
-    )
-    return TrainReply(request.device, report, structure, arrays, scores)
+    arrays, structure = resident.arrays(), resident.structure
+    return local.finished(bench, structure, arrays, scores, (loss_before, loss_after), flops, watch.seconds())
 
 
 def probe(request: ProbeRequest) -> Probe:
@@ -218,16 +277,6 @@ def scores_nbytes(scores: Scores | None) -> int:
     return 0 if scores is None else sum(part.nbytes for layer in scores for part in layer)
 
 
-def _probe_batch(config: RunConfig, data: Encoded, device: int, pad_id: int) -> list[Batch]:
-    """A device's fixed, class-balanced probe batch: one-label mini-batches would mostly measure label skew.
-
-    In parts of like length, which halves the padding.
-    """
-    rng = generator(config.seed, 0, device, Purpose.PROBE_BATCH)
-    rows = balanced_sample(data.labels, config.probe_examples, rng)
-    return list(evaluation_batches(data.take(rows), PROBE_PART, pad_id))
-
-
 def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelShape) -> float | None:
     """Ratio to reach at the round's cut number `cut` (the server made number 0), or None when there is none."""
     cuts = config.cuts_per_round
@@ -235,16 +284,6 @@ def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelS
         return None
     start = request.structure.sparsity(shape)
     return start + cut / (cuts - 1) * max(0.0, request.action.pruning_ratio - start)
-
-
-def _sliced(request: TrainRequest, resident: ResidentModel) -> dict[str, NDArray[np.float32]]:
-    """The adapters that were received, on the structure that the device ended with."""
-    trained, structure = resident.structure, request.structure
-    if trained == structure:
-        return dict(request.arrays)
-    resident.mount(structure, request.arrays)
-    resident.cut(trained)
-    return resident.arrays()
 
 
 def _nothing() -> None:

@@ -34,6 +34,7 @@ from fedspine.federation import (
 )
 from fedspine.final import evaluate_devices, prune_everyone
 from fedspine.flower.engines import check_engine, run_federation
+from fedspine.group_round import check_groupable
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.pruning.select import check_reachable
 from fedspine.randomness import Purpose, generator
@@ -75,8 +76,9 @@ def simulate(
 
     `config`: a `RunConfig`, a TOML file, or nothing for the defaults; `keys` override single values.
     `out`: a new directory for the run; by default one under `runs/`. `resume`: a directory to continue instead.
-    `engine`: `inline` (this process) or `ray` (Flower's simulation runtime with `workers` processes).
-    The result does not depend on engine or workers.
+    `engine`: `inline` (this process), `ray` (Flower's simulation runtime with `workers` processes) or `grouped` (the
+    devices of a round as one batch). Inline and ray give the same bits with any number of workers, grouped the same
+    result up to rounding.
 
     Errors: subclasses of `FedSpineError`, before anything is written.
     """
@@ -95,6 +97,8 @@ def simulate(
     workbench.cache_clear()  # files may have changed since the last run of this process
     run = _Run(config, workbench(config.to_json()), directory, observer, engine, workers, PeakMemory())
     run.check()
+    if engine == "grouped":
+        check_groupable(config)
     state, records = run.restored() if resume is not None else run.fresh()
     observer.plan(run.plan())
     outcome = run_federation(

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from fedspine.report.records import reproducible
 
@@ -36,13 +42,17 @@ MACHINE = ("engine", "workers", "wall_seconds", "startup_seconds", "local_comput
 """Keys of a summary that tell of this machine, not of the federation."""
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
-    """A BERT of 2 layers with random weights and a tokenizer of 27 words."""
+def write_model(folder: Path, seed: int = 0, family: str = "bert") -> Path:
+    """A BERT (or RoBERTa) of 2 layers with random weights and a tokenizer of 27 words."""
     folder.mkdir(parents=True)
     words = (*SPECIAL, *GOOD, *BAD, *OTHER)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    settings = BertConfig(
+    make_config, make_model = {
+        "bert": (BertConfig, BertForSequenceClassification),
+        "roberta": (RobertaConfig, RobertaForSequenceClassification),
+    }[family]
+    settings = make_config(
         vocab_size=len(words),
         hidden_size=24,
         num_hidden_layers=2,
@@ -55,7 +65,7 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        BertForSequenceClassification(settings).save_pretrained(folder)
+        make_model(settings).save_pretrained(folder)
     return folder
 
 

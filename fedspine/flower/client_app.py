@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ TRAIN = "train"
 EVALUATE = "evaluate"
 """The message types that the app answers."""
 
+TrainGroup = Callable[[Sequence[TrainRequest]], list[TrainReply]]
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 
@@ -102,14 +103,30 @@ def _answer(
     work: Callable[[Request], Reply],
     pack: Callable[[Reply], RecordDict],
 ) -> Message:
+    return Message(_content(lambda: pack(work(unpack(message.content)))), reply_to=message)
+
+
+def answer_group(messages: Sequence[Message], train_group: TrainGroup) -> list[Message]:
+    """The replies of devices that train at once. An error is that of all of them."""
+    replies: list[TrainReply] = []
+
+    def work() -> RecordDict:
+        replies.extend(train_group([records.unpack_train_request(message.content) for message in messages]))
+        return RecordDict()
+
+    failure = _content(work)
+    contents = [records.pack_train_reply(reply) for reply in replies] or [failure] * len(messages)
+    return [Message(content, reply_to=message) for content, message in zip(contents, messages, strict=True)]
+
+
+def _content(work: Callable[[], RecordDict]) -> RecordDict:
     try:
-        content = pack(work(unpack(message.content)))
+        return work()
     except FedSpineError as error:
-        content = records.pack_user_error(error)
+        return records.pack_user_error(error)
     except Exception as error:  # a device that fails must not end the round: the server counts it as failed
         logging.getLogger("fedspine").info("the device failed", exc_info=True)
-        content = records.pack_failure(one_line(error))
-    return Message(content, reply_to=message)
+        return records.pack_failure(one_line(error))
 
 
 def one_line(error: Exception) -> str:

@@ -18,17 +18,24 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedspine.flower.client_app import one_line
+from fedspine.flower.client_app import TRAIN, TrainGroup, answer_group, one_line
 
 RUN_ID = 1
 FIRST_NODE_ID = 1000
 
 
 class InlineGrid(Grid):
-    """`devices` nodes in this process; node `1000 + i` has partition `i` and keeps its own context."""
+    """`devices` nodes in this process; node `1000 + i` has partition `i` and keeps its own context.
 
-    def __init__(self, client_app: ClientApp, devices: int) -> None:
+    `train_group`: trains up to `group_size` devices at once, in place of the app's own function.
+    """
+
+    def __init__(
+        self, client_app: ClientApp, devices: int, train_group: TrainGroup | None = None, group_size: int = 1
+    ) -> None:
         self._client_app = client_app
+        self._train_group = train_group
+        self._group_size = group_size
         self._contexts = {FIRST_NODE_ID + index: _context(index, devices) for index in range(devices)}
         self._pending: dict[str, bytes] = {}
         self._sent = 0
@@ -67,23 +74,28 @@ class InlineGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Let the first of these messages run, in the order in which they were sent; returns its reply."""
+        """Let the first of these messages (or group of them) run, in the order in which they were sent."""
         wanted = set(message_ids)
-        first = next((key for key in self._pending if key in wanted), None)
-        return [] if first is None else [self._handle(self._pending.pop(first))]
+        keys = [key for key in self._pending if key in wanted]
+        if not keys:
+            return []
+        first = _parsed(self._pending.pop(keys[0]))
+        if self._train_group is None or first.metadata.message_type != TRAIN:
+            return [self._handle(first)]
+        others = [_parsed(self._pending.pop(key)) for key in keys[1 : self._group_size]]
+        return [_wired(reply) for reply in answer_group([first, *others], self._train_group)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Let every message run at once. There is nothing to wait for, so `timeout` has no effect."""
         return [reply for key in self.push_messages(messages) for reply in self.pull_messages([key])]
 
-    def _handle(self, wire: bytes) -> Message:
-        message = _parsed(wire)
+    def _handle(self, message: Message) -> Message:
         try:
             reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # what Flower's runtimes do with an exception of a client
             code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
             reply = Message(Error(code=code, reason=one_line(error)), reply_to=message)
-        return _parsed(message_to_proto(reply).SerializeToString())
+        return _wired(reply)
 
 
 def _context(index: int, devices: int) -> Context:
@@ -94,6 +106,10 @@ def _context(index: int, devices: int) -> Context:
         state=RecordDict(),
         run_config={},
     )
+
+
+def _wired(message: Message) -> Message:
+    return _parsed(message_to_proto(message).SerializeToString())
 
 
 def _parsed(wire: bytes) -> Message:

@@ -44,10 +44,11 @@ class ResidentModel:
         """
         self.shape: ModelShape = describe(model, family, targets)
         self.scale = scale
-        self.head = model.get_submodule(family_of(family).head)
-        self._head = {HEAD + name: value.detach().numpy().copy() for name, value in self.head.state_dict().items()}
+        head = model.get_submodule(family_of(family).head)
+        self._start = {HEAD + name: value.detach().numpy().copy() for name, value in head.state_dict().items()}
         _to(model, dtype)
-        self.head.float().register_forward_pre_hook(_in_float)
+        self._head = _Head(head.float())
+        model.set_submodule(family_of(family).head, self._head)
         self._names = linear_layers(model, family_of(family))
         self._base = {
             name: (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
@@ -71,12 +72,13 @@ class ResidentModel:
 
     def head_arrays(self) -> dict[str, Array]:
         """The task head's tensors by wire name, as they were loaded: no device's, whatever is mounted."""
-        return {name: value.copy() for name, value in self._head.items()}
+        return {name: value.copy() for name, value in self._start.items()}
 
     def mount(self, structure: Structure, arrays: Arrays, merge: bool = False) -> None:
         """Become the model of one device: cut to `structure`, with adapters and head from `arrays` (narrow).
 
         `merge`: fold the adapters into the weights, for evaluation; nothing is trainable then.
+        Arrays with one dimension more, in front, are those of several devices: a batch is then as many equal parts.
         Every array is consumed: a wrong or missing name raises `KeyError`.
         """
         unused = set(arrays)
@@ -88,11 +90,14 @@ class ResidentModel:
             a, b = (torch.from_numpy(np.array(arrays[f"{name}.{side}"])) for side in "AB")
             unused -= {f"{name}.A", f"{name}.B"}
             self._set_adapter(name, a, b, merge)
-        for name, parameter in self.head.named_parameters():
-            parameter.data = torch.from_numpy(np.array(arrays[HEAD + name]))
-            parameter.grad = None
-            parameter.requires_grad_(not merge)
+        self._head.stacked = {}
+        for name, parameter in self._head.module.named_parameters():
+            value = torch.from_numpy(np.array(arrays[HEAD + name]))
             unused.discard(HEAD + name)
+            if value.ndim > parameter.ndim:
+                parameter = self._head.stacked[name] = nn.Parameter(value)
+            parameter.data, parameter.grad = value, None
+            parameter.requires_grad_(not merge)
             self.parameters[HEAD + name] = parameter
         if unused:
             raise KeyError(f"adapter arrays that the model has no place for: {sorted(unused)}")
@@ -148,7 +153,7 @@ class ResidentModel:
             linear = self._linear(name)
             merged = torch.addmm(linear.weight.float(), b, a, alpha=self.scale).to(linear.weight.dtype)
             linear.weight = nn.Parameter(merged, requires_grad=False)
-        rank = len(a)
+        rank = a.shape[-2]
         layer.r[_ADAPTER], layer.scaling[_ADAPTER] = rank, self.scale
         for side, part, value in (("A", layer.lora_A[_ADAPTER], a), ("B", layer.lora_B[_ADAPTER], b)):
             part.weight = nn.Parameter(value, requires_grad=not merge)
@@ -174,8 +179,32 @@ class FusedLora(LoraVariant):  # type: ignore[misc]
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: object
     ) -> torch.Tensor:
         a, b = (side[active_adapter].weight.to(x.dtype) for side in (module.lora_A, module.lora_B))
-        low = functional.linear(x, a) * module.scaling[active_adapter]
+        scale = module.scaling[active_adapter]
+        if a.ndim == 3:  # one pair of factors per device
+            parts, wide = (value.reshape(len(a), -1, value.shape[-1]) for value in (x, result))
+            return torch.baddbmm(wide, torch.bmm(parts, a.mT) * scale, b.mT).view_as(result)
+        low = functional.linear(x, a) * scale
         return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.T).view_as(result)
+
+
+class _Head(nn.Module):
+    """The task head in float32: of one device, or stacked weights of several that share a batch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.stacked: dict[str, nn.Parameter] = {}
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = features.float()
+        if not self.stacked:
+            return self.module(features)  # type: ignore[no-any-return]
+        devices = len(next(iter(self.stacked.values())))
+        parts = features.reshape(devices, -1, *features.shape[1:])
+        return torch.vmap(self._with)(self.stacked, parts).flatten(0, 1)
+
+    def _with(self, weights: Mapping[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(self.module, dict(weights), (features,))  # type: ignore[no-any-return]
 
 
 def _to(model: nn.Module, dtype: torch.dtype) -> None:
@@ -183,10 +212,6 @@ def _to(model: nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
     if dtype != torch.float32 and isinstance(model, PreTrainedModel):
         model.set_attn_implementation("eager")
-
-
-def _in_float(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(value.float() for value in inputs)
 
 
 def update_norm(before: Mapping[str, Array], after: Mapping[str, Array], shape: ModelShape, scale: float) -> float:

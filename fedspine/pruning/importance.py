@@ -77,8 +77,10 @@ class FisherScorer(_Smoothed):
     retraining-free pruning (arXiv 2204.09656).
     """
 
-    def __init__(self, resident: ResidentModel) -> None:
+    def __init__(self, resident: ResidentModel, devices: int = 1) -> None:
+        """`devices`: how many share a batch (`DeviceGroup`); each has its own scores."""
         super().__init__(resident)
+        self._others = [_Smoothed(resident) for _ in range(devices - 1)]
         self._seen: dict[tuple[int, str], Array] = {}
         self._handles: list[RemovableHandle] = []
         family = family_of(resident.shape.family)
@@ -100,15 +102,26 @@ class FisherScorer(_Smoothed):
                 per_example = (value * gradient).sum(1, dtype=torch.float32)
                 if size > 1:
                     per_example = per_example.reshape(len(per_example), -1, size).sum(2)
-                self._seen[layer, unit] = per_example.square().sum(0).numpy()
+                by_device = per_example.square().reshape(1 + len(self._others), -1, per_example.shape[1])
+                self._seen[layer, unit] = by_device.sum(1).numpy()
 
             output.register_hook(take)  # type: ignore[no-untyped-call]
 
         return before
 
     def observe(self) -> None:
-        self.add([(self._seen[layer, "heads"], self._seen[layer, "channels"]) for layer in range(len(self._sums))])
+        for device, smoothed in enumerate([self, *self._others]):
+            smoothed.add(
+                [
+                    (self._seen[layer, "heads"][device], self._seen[layer, "channels"][device])
+                    for layer in range(self.resident.shape.layers)
+                ]
+            )
         self._seen.clear()
+
+    def by_device(self) -> list[Scores]:
+        """The scores of all devices that share the batch."""
+        return [self.scores(), *(smoothed.scores() for smoothed in self._others)]
 
     def close(self) -> None:
         for handle in self._handles:
