@@ -100,7 +100,13 @@ def workbench(settings: str) -> Workbench:
     rows = partition_rows(task, config)
     model, tokenizer, family = load_model(config, len(task.classes))
     resident = ResidentModel(
-        model, family, config.lora_targets, config.max_rank, config.lora_scale, getattr(torch, config.dtype)
+        model,
+        family,
+        config.lora_targets,
+        config.max_rank,
+        config.lora_scale,
+        getattr(torch, config.dtype),
+        config.torch_device,
     )
     return Workbench(
         config=config,

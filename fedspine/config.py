@@ -91,6 +91,7 @@ class RunConfig:
         "float32", "arithmetic of the frozen model here, not of the virtual devices: bfloat16 is two to three times "
         "as fast where the processor has it; adapters stay float32", "float32", "bfloat16",
     )  # fmt: skip
+    torch_device: str = _key("cpu", "where the model is trained here", "cpu", "cuda")
     threads: int = _key(1, "torch threads per client and for the server; part of the result's identity", min=1, max=256)
 
     # adapters

@@ -74,7 +74,7 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
             with watch.part("data"):
                 batch, weights = side_by_side([next(stream) for stream in streams], bench.pad_id)
             with watch.part("forward"):
-                loss = (_losses(resident, batch) * torch.from_numpy(weights).flatten()).sum()
+                loss = (_losses(resident, batch) * torch.from_numpy(weights).flatten().to(resident.device)).sum()
             with watch.part("backward"):
                 torch.autograd.backward(loss)
             with watch.part("score"):
@@ -151,8 +151,8 @@ def _scores(group: DeviceGroup, scorer: FisherScorer | None) -> list[Scores | No
 
 def _losses(resident: ResidentModel, batch: Batch) -> torch.Tensor:
     """Cross-entropy of every row."""
-    logits = resident.model(**tensors(batch)).logits
-    return functional.cross_entropy(logits, torch.from_numpy(batch.labels), reduction="none")
+    logits = resident.model(**tensors(batch, resident.device)).logits
+    return functional.cross_entropy(logits, torch.from_numpy(batch.labels).to(resident.device), reduction="none")
 
 
 def _probe_losses(resident: ResidentModel, probes: Sequence[Sequence[Batch]], pad_id: int) -> list[float]:
@@ -162,7 +162,7 @@ def _probe_losses(resident: ResidentModel, probes: Sequence[Sequence[Batch]], pa
     with torch.inference_mode():
         for index in range(max(map(len, probes))):
             batch, weights = side_by_side([parts[min(index, len(parts) - 1)] for parts in probes], pad_id)
-            losses = _losses(resident, batch).numpy().reshape(weights.shape).astype(np.float64)
+            losses = _losses(resident, batch).cpu().numpy().reshape(weights.shape).astype(np.float64)
             for device, parts in enumerate(probes):
                 if index < len(parts):
                     total[device] += losses[device, : len(parts[index].labels)].sum()

@@ -39,6 +39,8 @@ def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, PreTrainedTo
     Dropout is off: short local rounds are noisy enough, and results stay comparable across structures.
     Errors: `ModelError` when it cannot be found, has no safetensors weights, or is of an unknown family.
     """
+    if config.torch_device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("torch_device = 'cuda': torch finds no CUDA device here; use torch_device = 'cpu'")
     source = model_source(config.model)
     _quiet()
     try:

@@ -13,21 +13,21 @@ from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 
 
-def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+def tensors(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """Model inputs of a batch, labels left out."""
     inputs = {
-        "input_ids": torch.from_numpy(batch.input_ids),
-        "attention_mask": torch.from_numpy(batch.attention_mask),
+        "input_ids": torch.from_numpy(batch.input_ids).to(device),
+        "attention_mask": torch.from_numpy(batch.attention_mask).to(device),
     }
     if batch.token_type_ids is not None:
-        inputs["token_type_ids"] = torch.from_numpy(batch.token_type_ids)
+        inputs["token_type_ids"] = torch.from_numpy(batch.token_type_ids).to(device)
     return inputs
 
 
 def batch_loss(resident: ResidentModel, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of a batch, differentiable."""
-    logits = resident.model(**tensors(batch)).logits
-    return functional.cross_entropy(logits, torch.from_numpy(batch.labels))
+    logits = resident.model(**tensors(batch, resident.device)).logits
+    return functional.cross_entropy(logits, torch.from_numpy(batch.labels).to(resident.device))
 
 
 def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, float, float]:
@@ -36,8 +36,8 @@ def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, 
     predicted: torch.Tensor | None = None
     with torch.inference_mode():
         for batch in batches:
-            logits = resident.model(**tensors(batch)).logits
-            labels = torch.from_numpy(batch.labels)
+            logits = resident.model(**tensors(batch, resident.device)).logits
+            labels = torch.from_numpy(batch.labels).to(resident.device)
             guess = logits.argmax(-1)
             correct += int((guess == labels).sum())
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
@@ -72,7 +72,7 @@ class LocalOptimizer:
             keep = resident.still_kept(name, structure)
             state = self._optimizer.state.get(parameter, {})
             moments[name] = {
-                key: value.index_select(keep[0], torch.from_numpy(keep[1]))
+                key: value.index_select(keep[0], torch.from_numpy(keep[1]).to(value.device))
                 if keep is not None and value.shape == parameter.shape
                 else value
                 for key, value in state.items()

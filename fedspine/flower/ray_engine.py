@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 import ray
+import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -116,7 +117,7 @@ def _backend_config(workers: int, directory: str) -> dict[str, Any]:
         "init_args": {
             "address": "local",
             "num_cpus": workers,
-            "num_gpus": 0,
+            "num_gpus": torch.cuda.device_count(),
             "include_dashboard": False,
             "log_to_driver": False,
             "logging_level": "ERROR",
@@ -124,7 +125,7 @@ def _backend_config(workers: int, directory: str) -> dict[str, Any]:
             "_temp_dir": directory,
         },
         # These are the options of an actor: a worker that dies is started again. Until it is up, its messages fail.
-        "client_resources": {"num_cpus": 1, "num_gpus": 0, "max_restarts": -1},
+        "client_resources": {"num_cpus": 1, "num_gpus": torch.cuda.device_count() / workers, "max_restarts": -1},
     }
 
 

@@ -85,7 +85,7 @@ class DeviceGroup:
         for layer in range(shape.layers):
             for unit, size in (("heads", shape.head_dim), ("channels", 1)):
                 kept = np.stack([each.mask(layer, unit)[union.mask(layer, unit)] for each in self.structures])
-                mask = torch.from_numpy(np.repeat(kept, size, axis=1))[:, None, None, :]
+                mask = torch.from_numpy(np.repeat(kept, size, axis=1))[:, None, None, :].to(self.resident.device)
                 self._masks[layer, unit] = None if kept.all() else mask
 
     def _hide(self, layer: int, unit: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor | None]:

@@ -37,16 +37,19 @@ class ResidentModel:
         rank: int,
         scale: float,
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         """Take over `model` (fresh, uncut, float32). `scale` is alpha / rank, the same for every rank mounted.
 
-        `dtype`: of the frozen weights and of the arithmetic; adapters and head are float32 in any case.
+        `dtype`: of the frozen weights and of the arithmetic; adapters and head are float32 in any case. `device`:
+        torch's, such as cuda.
         """
         self.shape: ModelShape = describe(model, family, targets)
         self.scale = scale
+        self.device = torch.device(device)
         head = model.get_submodule(family_of(family).head)
         self._start = {HEAD + name: value.detach().numpy().copy() for name, value in head.state_dict().items()}
-        _to(model, dtype)
+        _to(model, dtype, self.device)
         self._head = _Head(head.float())
         model.set_submodule(family_of(family).head, self._head)
         self._names = linear_layers(model, family_of(family))
@@ -87,12 +90,12 @@ class ResidentModel:
             for role, name in roles.items():
                 self._cut_base(name, role, layer, structure)
         for name in self._modules:
-            a, b = (torch.from_numpy(np.array(arrays[f"{name}.{side}"])) for side in "AB")
+            a, b = (self._tensor(arrays[f"{name}.{side}"]) for side in "AB")
             unused -= {f"{name}.A", f"{name}.B"}
             self._set_adapter(name, a, b, merge)
         self._head.stacked = {}
         for name, parameter in self._head.module.named_parameters():
-            value = torch.from_numpy(np.array(arrays[HEAD + name]))
+            value = self._tensor(arrays[HEAD + name])
             unused.discard(HEAD + name)
             if value.ndim > parameter.ndim:
                 parameter = self._head.stacked[name] = nn.Parameter(value)
@@ -123,7 +126,7 @@ class ResidentModel:
 
     def arrays(self) -> dict[str, Array]:
         """Adapters and head as they are now (narrow), copied."""
-        return {name: parameter.detach().numpy().copy() for name, parameter in self.parameters.items()}
+        return {name: np.array(parameter.detach().cpu()) for name, parameter in self.parameters.items()}
 
     def lora(self, module: ModuleShape) -> tuple[nn.Parameter, nn.Parameter, torch.Tensor]:
         """(A [rank, d_in], B [d_out, rank], frozen weight [d_out, d_in]) of a mounted projection."""
@@ -136,7 +139,7 @@ class ResidentModel:
         weight, bias = self._base[name]
         if not mask.all():
             size = self.shape.head_dim if unit == "heads" else 1
-            kept = torch.from_numpy(np.flatnonzero(np.repeat(mask, size)))
+            kept = self._tensor(np.flatnonzero(np.repeat(mask, size)))
             weight = weight.index_select(0 if axis == "rows" else 1, kept)
             if bias is not None and axis == "rows":
                 bias = bias.index_select(0, kept)
@@ -158,6 +161,10 @@ class ResidentModel:
         for side, part, value in (("A", layer.lora_A[_ADAPTER], a), ("B", layer.lora_B[_ADAPTER], b)):
             part.weight = nn.Parameter(value, requires_grad=not merge)
             self.parameters[f"{name}.{side}"] = part.weight
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        """A copy where the model is."""
+        return torch.from_numpy(np.array(array)).to(self.device)
 
     def _layer(self, name: str) -> LoraLayer:
         return self.model.get_submodule(name)
@@ -207,10 +214,10 @@ class _Head(nn.Module):
         return torch.func.functional_call(self.module, dict(weights), (features,))  # type: ignore[no-any-return]
 
 
-def _to(model: nn.Module, dtype: torch.dtype) -> None:
+def _to(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Store and compute in `dtype`. The fused attention of CPUs is several times slower in anything but float32."""
-    model.to(dtype)
-    if dtype != torch.float32 and isinstance(model, PreTrainedModel):
+    model.to(device, dtype)
+    if device.type == "cpu" and dtype != torch.float32 and isinstance(model, PreTrainedModel):
         model.set_attn_implementation("eager")
 
 

@@ -103,7 +103,7 @@ class FisherScorer(_Smoothed):
                 if size > 1:
                     per_example = per_example.reshape(len(per_example), -1, size).sum(2)
                 by_device = per_example.square().reshape(1 + len(self._others), -1, per_example.shape[1])
-                self._seen[layer, unit] = by_device.sum(1).numpy()
+                self._seen[layer, unit] = by_device.sum(1).cpu().numpy()
 
             output.register_hook(take)  # type: ignore[no-untyped-call]
 
@@ -159,7 +159,7 @@ class LoraGradientScorer(_Smoothed):
                 vector = importance.sum(1 if module.axis == "rows" else 0)
                 vector = vector.view(-1, shape.unit_size(module)).sum(1)
                 part = values[module.layer][0 if module.unit == "heads" else 1]
-                part += (vector / (vector.norm() + 1e-8)).numpy()
+                part += (vector / (vector.norm() + 1e-8)).cpu().numpy()
         self.add(values)
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class MagnitudeScorer:
                 merged = torch.addmm(weight, b, a, alpha=self.resident.scale).square()
                 vector = merged.sum(1 if module.axis == "rows" else 0).view(-1, shape.unit_size(module)).sum(1)
                 part = values[module.layer][0 if module.unit == "heads" else 1]
-                part[structure.mask(module.layer, module.unit)] += vector.numpy()
+                part[structure.mask(module.layer, module.unit)] += vector.cpu().numpy()
         return tuple(values)
 
     def close(self) -> None:
