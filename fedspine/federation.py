@@ -127,10 +127,7 @@ def run_rounds(
             plan = plan_round(federation, state, history, round)
         federation.observer.round_started(round, [request.device for request in plan.requests])
         with watch.part("exchange"):
-            replies = federation.exchange.train(
-                plan.requests,
-                lambda reply, r=round: federation.observer.device_done(r, reply.device, reply.report.outcome),  # type: ignore[misc]
-            )
+            replies = _exchange(federation, plan)
         with watch.part("aggregate"):
             state, record = finish_round(federation, state, history, plan, replies)
         with watch.part("evaluate"):
@@ -268,6 +265,20 @@ def _request(
         scores=scores if config.cuts_per_round > 1 else None,
         settings=config.to_json(),
     )
+
+
+def _exchange(federation: Federation, plan: RoundPlan) -> list[TrainReply]:
+    """Longest local rounds first, so that no worker is left with a long one at the end; replies in device order."""
+
+    def flops(request: TrainRequest) -> float:
+        return federation.workload.round_flops(request.structure, request.action.lora_rank)
+
+    replies = federation.exchange.train(
+        sorted(plan.requests, key=flops, reverse=True),
+        lambda reply: federation.observer.device_done(plan.round, reply.device, reply.report.outcome),
+    )
+    by_device = {reply.device: reply for reply in replies}
+    return [by_device[request.device] for request in plan.requests]
 
 
 def _check_quorum(config: RunConfig, plan: RoundPlan, replies: Sequence[TrainReply], trained: int) -> None:
