@@ -16,9 +16,10 @@ import numpy as np
 
 from fedspine.aggregation import RULES
 from fedspine.aggregation.update import Update
-from fedspine.client_round import configure_threads, workload_of
+from fedspine.client_round import configure_threads
 from fedspine.config import RunConfig
 from fedspine.controller.policy import make_policy, rank_grid
+from fedspine.cost import workload_of
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_model

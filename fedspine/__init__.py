@@ -3,6 +3,7 @@
 import fedspine
 run = fedspine.simulate(devices=20, sampled=5, rounds=10)
 run.summary["device_accuracy_mean"]
+fedspine.schedule(devices=1_000_000, sampled=100).summary["progress_per_virtual_second"]  # the scheduler alone
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from fedspine.config import RunConfig
 from fedspine.errors import FedSpineError
 
 if TYPE_CHECKING:
+    from fedspine.schedule_only import ScheduleResult, schedule
     from fedspine.simulation import RunResult, simulate
 
 __version__ = "0.1.0"
-__all__ = ["FedSpineError", "RunConfig", "RunResult", "__version__", "simulate"]
+__all__ = ["FedSpineError", "RunConfig", "RunResult", "ScheduleResult", "__version__", "schedule", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from fedspine import simulation
 
         return getattr(simulation, name)
+    if name in ("ScheduleResult", "schedule"):
+        from fedspine import schedule_only
+
+        return getattr(schedule_only, name)
     raise AttributeError(f"module 'fedspine' has no attribute {name!r}")

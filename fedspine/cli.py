@@ -1,4 +1,4 @@
-"""The command line: `fedspine simulate`, `fedspine keys`."""
+"""The command line: `fedspine simulate`, `fedspine schedule`, `fedspine keys`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ _EXAMPLES = """examples:
   fedspine simulate experiments/first_federation/sst2.toml -s seed=1
   fedspine simulate --resume runs/reviews              continue after a stop or a kill
 """
+_SCHEDULE_EXAMPLES = """examples:
+  fedspine schedule -s rounds=200 -s policy=random     another policy on the same devices
+  fedspine schedule -s devices=1_000_000 -s sampled=100 -s rounds=1000
+  fedspine schedule --surface runs/reviews             answers fitted to what a real run recorded
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "keys":
             _print_keys()
             return 0
-        return _simulate(options)
+        return _schedule(options) if options.command == "schedule" else _simulate(options)
     except FedSpineError as error:
         print(f"fedspine: error: {error}", file=sys.stderr)
         return 2
@@ -55,11 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EXAMPLES,
     )
-    simulate.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="keys of the run")
-    simulate.add_argument(
-        "-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key (see `fedspine keys`)"
-    )
-    simulate.add_argument("--out", metavar="DIR", help="new directory of the run (default: runs/METHOD-DATE-TIME)")
+    _add_run_arguments(simulate, "METHOD")
     simulate.add_argument("--resume", metavar="DIR", help="continue the run in DIR")
     simulate.add_argument(
         "--engine",
@@ -72,9 +73,47 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of the ray engine (default: cores)"
     )
     simulate.add_argument("--profile", action="store_true", help="show at the end where the wall time went")
-    simulate.add_argument("--json", action="store_true", help="print only the summary, as JSON, on stdout")
+    schedule = commands.add_parser(
+        "schedule",
+        help="run the scheduler alone: no training, up to a million devices",
+        description="Run policy and virtual clock without training: a fitted response surface answers for the devices.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_SCHEDULE_EXAMPLES,
+    )
+    _add_run_arguments(schedule, "schedule")
+    schedule.add_argument(
+        "--surface", metavar="RUN_DIR", help="fit the surface to this finished run (default: built in)"
+    )
     commands.add_parser("keys", help="list every configuration key", description="Every configuration key.")
     return parser
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="keys of the run")
+    parser.add_argument(
+        "-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key (see `fedspine keys`)"
+    )
+    parser.add_argument("--out", metavar="DIR", help=f"new directory of the run (default: runs/{name}-DATE-TIME)")
+    parser.add_argument("--json", action="store_true", help="print only the summary, as JSON, on stdout")
+
+
+def _schedule(options: argparse.Namespace) -> int:
+    config = load_config(options.config, dict(parse_override(text) for text in options.set))
+    from fedspine.report.schedule_console import ScheduleConsole
+    from fedspine.schedule_only import schedule
+
+    console = ScheduleConsole(config.rounds, quiet=options.json)
+    try:
+        result = schedule(config, surface=options.surface, out=options.out, on_round=console.round_done)
+        console.finished(result.summary, result.directory)
+    except KeyboardInterrupt:
+        print("\nfedspine: interrupted; schedule.jsonl holds the rounds until here", file=sys.stderr)
+        return 130
+    finally:
+        console.close()
+    if options.json:
+        print(json.dumps(result.summary, indent=2))
+    return 0
 
 
 def _simulate(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
-from fedspine.cost import Workload
+from fedspine.cost import Workload, workload_of
 from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
 from fedspine.data.partition import partition_rows
 from fedspine.data.task import TextTask, load_task
@@ -46,8 +46,6 @@ from fedspine.types import (
     TrainRequest,
 )
 
-PROBE_BYTES = 32_768
-"""Payload of an in-round probe, each way."""
 EVALUATION_BATCH = 64
 PROBE_PART = 8
 
@@ -73,12 +71,6 @@ class Workbench:
     @property
     def workload(self) -> Workload:
         return workload_of(self.config, self.shape)
-
-
-def workload_of(config: RunConfig, shape: ModelShape) -> Workload:
-    """The cost formulas of a run."""
-    scores = 4 * shape.layers * (shape.heads + shape.channels) if config.target_sparsity > 0 else 0
-    return Workload(shape, config.local_iterations, config.batch_size, config.max_length, scores)
 
 
 def configure_threads(threads: int) -> None:
@@ -258,16 +250,7 @@ def probe(request: ProbeRequest) -> Probe:
     bench = workbench(request.settings)
     config = bench.config
     meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
-    flops = bench.workload.iteration_flops(request.structure.counts(), request.lora_rank)
-    compute = meter.compute_seconds(flops, 1)
-    empty = meter.download_seconds(0) + meter.upload_seconds(0)
-    transfer = meter.download_seconds(PROBE_BYTES) + meter.upload_seconds(PROBE_BYTES)
-    return Probe(
-        seconds_per_flop=compute / flops,
-        seconds_per_byte=(transfer - empty) / (2 * PROBE_BYTES),
-        seconds=compute + transfer,
-        bytes=2 * PROBE_BYTES,
-    )
+    return meter.probe(bench.workload.iteration_flops(request.structure.counts(), request.lora_rank))
 
 
 def evaluate_device(request: EvaluateRequest) -> EvaluateReply:

@@ -206,6 +206,15 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_values({**values, **overrides})
 
 
+def configured(config: RunConfig | str | Path | None, keys: Mapping[str, Any]) -> RunConfig:
+    """A `RunConfig`, a TOML file, or nothing for the defaults, with single values overridden by `keys`."""
+    if isinstance(config, RunConfig):
+        if not keys:
+            return config
+        return RunConfig.from_values({**dataclasses.asdict(config), **keys})
+    return load_config(Path(config) if config is not None else None, keys)
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """`key=value` of the command line: the value is TOML, and plain words may go unquoted."""
     key, separator, value = text.partition("=")

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.config import RunConfig
 from fedspine.structure import ModelShape, Structure
 
 FLOAT_BYTES = 4
@@ -73,8 +74,12 @@ class Workload:
 
     def planned_bytes(self, ratio: Number, rank: Number) -> Number:
         """Bytes both ways: adapters down and up, the structure, the scores up; also of arrays."""
-        structure = self.shape.layers * ((self.shape.heads + 7) // 8 + (self.shape.channels + 7) // 8)
-        return 2 * self.adapter_bytes(ratio, rank) + 2 * structure + self.score_bytes
+        return 2 * self.adapter_bytes(ratio, rank) + 2 * self.structure_bytes + self.score_bytes
+
+    @property
+    def structure_bytes(self) -> int:
+        """Bytes of a structure on the wire."""
+        return self.shape.layers * ((self.shape.heads + 7) // 8 + (self.shape.channels + 7) // 8)
 
     def memory_bytes(self, structure: Structure, rank: int) -> float:
         """Training memory: weights, adapters with gradient and two Adam moments, activations.
@@ -83,12 +88,21 @@ class Workload:
         attention matrix of every kept head.
         """
         shape = self.shape
-        tokens = self.batch_size * self.length
         cut = shape.prunable_parameters - structure.kept_parameters(shape)
+        return self._memory(cut, structure.sparsity(shape), sum(h for h, _ in structure.counts()), rank)
+
+    def planned_memory_bytes(self, ratio: float, rank: int) -> float:
+        """The same for a pruning ratio that is spread evenly over layers, heads and channels."""
+        shape = self.shape
+        return self._memory(ratio * shape.prunable_parameters, ratio, (1.0 - ratio) * shape.layers * shape.heads, rank)
+
+    def _memory(self, cut: float, sparsity: float, heads: float, rank: int) -> float:
+        """With `cut` parameters gone and `heads` left in all layers together."""
+        shape = self.shape
+        tokens = self.batch_size * self.length
         weights = FLOAT_BYTES * (shape.total_parameters - cut)
-        keep = 1.0 - structure.sparsity(shape)
+        keep = 1.0 - sparsity
         adapters = 4 * self.adapter_bytes(1.0 - keep, rank)
-        heads = sum(h for h, _ in structure.counts())
         activations = FLOAT_BYTES * tokens * (shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * self.length)
         return weights + adapters + activations
 
@@ -111,3 +125,9 @@ class Workload:
             shape.heads * shape.head_dim if module.unit == "heads" else shape.channels for module in shape.modules
         )
         return cut, sum(module.d_in if module.axis == "rows" else module.d_out for module in shape.modules)
+
+
+def workload_of(config: RunConfig, shape: ModelShape) -> Workload:
+    """The cost formulas of a run."""
+    scores = FLOAT_BYTES * shape.layers * (shape.heads + shape.channels) if config.target_sparsity > 0 else 0
+    return Workload(shape, config.local_iterations, config.batch_size, config.max_length, scores)

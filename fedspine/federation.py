@@ -21,13 +21,12 @@ from fedspine.aggregation.update import Update
 from fedspine.config import RunConfig
 from fedspine.controller.policy import Policy, rank_grid
 from fedspine.controller.reward import reward_pulls
-from fedspine.controller.schedule import allowed_range, floor_ratio
+from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio, sample_devices
 from fedspine.cost import Workload
-from fedspine.errors import FederationError
 from fedspine.lora.adapters import narrow
 from fedspine.pruning.scoreboard import pruning_scores, update_own, update_shared
 from fedspine.pruning.select import select
-from fedspine.randomness import Purpose, generator
+from fedspine.randomness import Purpose
 from fedspine.report.observer import Observer
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import ModelShape, Structure
@@ -175,7 +174,7 @@ def finish_round(
     """
     config, shape = federation.config, federation.shape
     trained = [reply for reply in replies if reply.report.outcome == TRAINED]
-    _check_quorum(config, plan, replies, len(trained))
+    check_quorum(config, plan.round, len(plan.requests), [reply.report for reply in replies])
     updates = [Update(float(reply.report.examples), reply.structure, reply.arrays) for reply in trained]
     arrays = RULES[config.aggregation](state.arrays, updates, shape)
     decay = min(config.average_decay, (1 + state.round) / (10 + state.round))  # young averages forget the start faster
@@ -214,12 +213,6 @@ def evaluate_round(federation: Federation, state: ServerState, record: RoundReco
             smoothed_accuracy=smooth.accuracy,
         )
     return record
-
-
-def sample_devices(config: RunConfig, round: int) -> list[int]:
-    """The round's devices, without replacement, in ascending order."""
-    rng = generator(config.seed, round, 0, Purpose.SAMPLE_DEVICES)
-    return sorted(int(device) for device in rng.choice(config.devices, config.sampled, replace=False))
 
 
 def _probe(
@@ -279,18 +272,6 @@ def _exchange(federation: Federation, plan: RoundPlan) -> list[TrainReply]:
     )
     by_device = {reply.device: reply for reply in replies}
     return [by_device[request.device] for request in plan.requests]
-
-
-def _check_quorum(config: RunConfig, plan: RoundPlan, replies: Sequence[TrainReply], trained: int) -> None:
-    needed = max(1, round(config.quorum * len(plan.requests)))
-    if trained >= needed:
-        return
-    lost = [reply.report for reply in replies if reply.report.outcome != TRAINED]
-    first = f"the first said: {lost[0].outcome}: {lost[0].message}" if lost else "the others did not reply"
-    raise FederationError(
-        f"round {plan.round}: {trained} of {len(plan.requests)} devices finished, quorum = {config.quorum} needs "
-        f"{needed}; {first}"
-    )
 
 
 def _record(

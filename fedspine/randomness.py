@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     PROBE_BATCH = 4
     ADAPTERS = 5
     EVALUATE_DEVICES = 6
+    SURFACE = 7
 
 
 def generator(seed: int, round: int, device: int, purpose: Purpose) -> np.random.Generator:

@@ -7,11 +7,9 @@ Run directory: `config.toml` (complete), `rounds.jsonl`, `checkpoint/`, `summary
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 
 from fedspine.checkpoint import FILE, load_state, save_state
 from fedspine.client_round import EVALUATION_BATCH, Workbench, configure_threads, workbench
-from fedspine.config import RunConfig, load_config
+from fedspine.config import RunConfig, configured, load_config
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
 from fedspine.data.encode import evaluation_batches, training_batches
@@ -43,6 +41,7 @@ from fedspine.report.observer import Observer, RunPlan, Silent
 from fedspine.report.records import append_record, read_records, truncate_records, write_atomically
 from fedspine.report.summary import PeakMemory, collapse_warning, summarise
 from fedspine.report.tensorboard import Curves
+from fedspine.run_directory import free_directory
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.training import LocalOptimizer, evaluate, tune
@@ -91,8 +90,8 @@ def simulate(
         directory = Path(resume)
         config = _resumed_config(directory)
     else:
-        config = _configured(config, keys)
-        directory = _free_directory(out, config.method)
+        config = configured(config, keys)
+        directory = free_directory(out, config.method)
     observer = observer or Silent()
     workbench.cache_clear()  # files may have changed since the last run of this process
     run = _Run(config, workbench(config.to_json()), directory, observer, engine, workers, PeakMemory())
@@ -115,7 +114,7 @@ def simulate(
 def run_server(config: RunConfig, exchange: Exchange) -> None:
     """The server of a deployment: the same rounds over devices that joined by themselves, into a new run directory."""
     began = time.perf_counter()
-    directory = _free_directory(None, config.method)
+    directory = free_directory(None, config.method)
     run = _Run(config, workbench(config.to_json()), directory, Silent(), "deployment", config.sampled, PeakMemory())
     run.check()
     run.execute(exchange, *run.fresh(), began)
@@ -281,41 +280,12 @@ class _Run:
         )
 
 
-def _configured(config: RunConfig | str | Path | None, keys: dict[str, Any]) -> RunConfig:
-    if isinstance(config, RunConfig):
-        if not keys:
-            return config
-        return RunConfig.from_values({**asdict(config), **keys})
-    return load_config(Path(config) if config is not None else None, keys)
-
-
 def _resumed_config(directory: Path) -> RunConfig:
     if not directory.is_dir():
         raise CheckpointError(f"--resume {directory}: there is no such directory")
     if not (directory / "config.toml").is_file():
         raise CheckpointError(f"--resume {directory}: it holds no config.toml, so it is no run directory")
     return load_config(directory / "config.toml", {})
-
-
-def _free_directory(out: str | Path | None, method: str) -> Path:
-    directory = Path(out) if out is not None else Path("runs") / f"{method}-{datetime.now():%Y%m%d-%H%M%S}"
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(
-            f"--out {directory}: already in use; choose another directory, or --resume {directory} to continue it"
-        )
-    parent = _existing_parent(directory)
-    if not parent.is_dir():
-        raise CheckpointError(f"--out {directory}: {parent} is a file; choose another directory")
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"--out {directory}: no permission to write there")
-    return directory
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _nothing(*_: object) -> None:

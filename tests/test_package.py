@@ -26,7 +26,10 @@ WITHOUT_TORCH = sorted(
     [
         *(PACKAGE / "controller").rglob("*.py"),
         *(PACKAGE / "devices").rglob("*.py"),
-        *(PACKAGE / name for name in ("types.py", "structure.py", "cost.py", "config.py")),
+        *(
+            PACKAGE / name
+            for name in ("types.py", "structure.py", "cost.py", "config.py", "surface.py", "schedule_only.py")
+        ),
     ]
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -30,24 +30,35 @@ def reward_pulls(kind: str, target: float, past: Sequence[Pull], current: Sequen
     A device that did not finish gets quality 0 and reward -1.
     """
     trained = [pull for pull in current if pull.report.outcome == TRAINED]
-    if not trained:
-        return tuple(replace(pull, quality=0.0, reward=-1.0) for pull in current)
-    largest_gain = max(abs(_gain(pull)) for pull in trained) or 1.0
-    largest_norm = max(pull.report.update_norm for pull in trained) or 1.0
-    mean_time = sum(pull.report.seconds for pull in trained) / len(trained)
-    reference = reference_seconds(past, current)
+    largest_gain = max((abs(_gain(pull)) for pull in trained), default=0.0) or 1.0
+    largest_norm = max((pull.report.update_norm for pull in trained), default=0.0) or 1.0
+    qualities = [
+        (
+            LOSS_WEIGHT * _gain(pull) / largest_gain
+            + PROGRESS_WEIGHT * cut_share(target, pull.ratio_before, pull.ratio_after)
+            + UPDATE_WEIGHT * pull.report.update_norm / largest_norm
+        )
+        / (LOSS_WEIGHT + PROGRESS_WEIGHT + UPDATE_WEIGHT)
+        for pull in current
+    ]
+    return with_rewards(kind, current, qualities, reference_seconds(past, current))
+
+
+def cut_share(target: float, before: float, after: float) -> float:
+    """Pruning progress of a round: the share of what was left to cut, at most 1; 0 when nothing was left."""
+    left = max(target - before, 0.0)
+    return min((after - before) / left, 1.0) if left > 1e-6 else 0.0
+
+
+def with_rewards(kind: str, current: Sequence[Pull], qualities: Sequence[float], reference: float) -> tuple[Pull, ...]:
+    """The pulls with these qualities and the rewards that follow from them, see `reward_pulls`."""
+    trained = [pull for pull in current if pull.report.outcome == TRAINED]
+    mean_time = sum(pull.report.seconds for pull in trained) / len(trained) if trained else 0.0
     result = []
-    for pull in current:
+    for pull, quality in zip(current, qualities, strict=True):
         if pull.report.outcome != TRAINED:
             result.append(replace(pull, quality=0.0, reward=-1.0))
             continue
-        left = max(target - pull.ratio_before, 0.0)
-        progress = (pull.ratio_after - pull.ratio_before) / left if left > 1e-6 else 0.0
-        quality = (
-            LOSS_WEIGHT * _gain(pull) / largest_gain
-            + PROGRESS_WEIGHT * min(progress, 1.0)
-            + UPDATE_WEIGHT * pull.report.update_norm / largest_norm
-        ) / (LOSS_WEIGHT + PROGRESS_WEIGHT + UPDATE_WEIGHT)
         if kind == "paper":
             spread = abs(pull.report.seconds - mean_time) / mean_time if mean_time > 0 else 0.0
             reward = quality * KAPPA / (spread + KAPPA)
@@ -60,15 +71,22 @@ def reward_pulls(kind: str, target: float, past: Sequence[Pull], current: Sequen
 
 def reference_seconds(past: Sequence[Pull], current: Sequence[Pull]) -> float:
     """Moving average, in the log domain, of the rounds' median completion times, the current round included."""
-    times: dict[int, list[float]] = {}
+    rounds: dict[int, list[Pull]] = {}
     for pull in (*past, *current):
-        if pull.report.outcome == TRAINED and pull.report.seconds > 0:
-            times.setdefault(pull.round, []).append(pull.report.seconds)
+        rounds.setdefault(pull.round, []).append(pull)
     value: float | None = None
-    for round in sorted(times):
-        now = math.log(median(times[round]))
-        value = now if value is None else REFERENCE_DECAY * value + (1.0 - REFERENCE_DECAY) * now
+    for round in sorted(rounds):
+        value = log_reference(value, rounds[round])
     return math.exp(value) if value is not None else 0.0
+
+
+def log_reference(before: float | None, pulls: Sequence[Pull]) -> float | None:
+    """Logarithm of the reference seconds after one more round; None as long as nobody has finished."""
+    times = [pull.report.seconds for pull in pulls if pull.report.outcome == TRAINED and pull.report.seconds > 0]
+    if not times:
+        return before
+    now = math.log(median(times))
+    return now if before is None else REFERENCE_DECAY * before + (1.0 - REFERENCE_DECAY) * now
 
 
 def _gain(pull: Pull) -> float:

@@ -1,8 +1,31 @@
-"""When the sparsity rises: a floor for everybody, and how far ahead of it a policy may prune."""
+"""Who takes part in a round, and when the sparsity rises: a floor for all, and how far ahead of it one may prune."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedspine.config import RunConfig
+from fedspine.errors import FederationError
+from fedspine.randomness import Purpose, generator
+from fedspine.types import TRAINED, Report
+
+
+def sample_devices(config: RunConfig, round: int) -> list[int]:
+    """The round's devices, without replacement, in ascending order."""
+    rng = generator(config.seed, round, 0, Purpose.SAMPLE_DEVICES)
+    return sorted(int(device) for device in rng.choice(config.devices, config.sampled, replace=False))
+
+
+def check_quorum(config: RunConfig, number: int, asked: int, reports: Sequence[Report]) -> None:
+    """Errors: `FederationError` when too few of the `asked` devices trained in round `number`."""
+    lost = [report for report in reports if report.outcome != TRAINED]
+    trained, needed = len(reports) - len(lost), max(1, round(config.quorum * asked))
+    if trained >= needed:
+        return
+    first = f"the first said: {lost[0].outcome}: {lost[0].message}" if lost else "the others did not reply"
+    raise FederationError(
+        f"round {number}: {trained} of {asked} devices finished, quorum = {config.quorum} needs {needed}; {first}"
+    )
 
 
 def floor_ratio(config: RunConfig, round: int) -> float:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedspine.devices.population import Population
+from fedspine.types import Probe
 
+PROBE_BYTES = 32_768
+"""Payload of an in-round probe, each way."""
 _TYPE, _MODE, _LINK, _JITTER = 101, 102, 103, 104
 
 
@@ -29,7 +34,7 @@ class DeviceState:
 
 def device_state(population: Population, seed: int, device: int, round: int) -> DeviceState:
     """Conditions of a device in a round: the power mode lasts `mode_rounds` rounds, links and jitter one."""
-    kind = population.types[_type_indices(population, seed)[device]]
+    kind = population.types[type_indices(population, seed)[device]]
     epoch = (round - 1) // population.mode_rounds
     mode = kind.modes[int(np.random.default_rng([seed, epoch, device, _MODE]).integers(len(kind.modes)))]
     link = np.random.default_rng([seed, round, device, _LINK])
@@ -67,9 +72,24 @@ class VirtualMeter:
     def out_of_memory(self, nbytes: float) -> bool:
         return nbytes > self.state.memory_bytes
 
+    def probe(self, flops: float) -> Probe:
+        """Time one local iteration of `flops` and a small transfer."""
+        compute = self.compute_seconds(flops, 1)
+        empty = self.download_seconds(0) + self.upload_seconds(0)
+        transfer = self.download_seconds(PROBE_BYTES) + self.upload_seconds(PROBE_BYTES)
+        return Probe(
+            seconds_per_flop=compute / flops,
+            seconds_per_byte=(transfer - empty) / (2 * PROBE_BYTES),
+            seconds=compute + transfer,
+            bytes=2 * PROBE_BYTES,
+        )
+
 
 @lru_cache(maxsize=8)
-def _type_indices(population: Population, seed: int) -> tuple[int, ...]:
-    """Type of every device: the catalogue's counts in a seeded order."""
-    indices = np.repeat(np.arange(len(population.types)), [kind.count for kind in population.types])
-    return tuple(int(index) for index in np.random.default_rng([seed, _TYPE]).permutation(indices))
+def type_indices(population: Population, seed: int) -> NDArray[np.unsignedinteger[Any]]:
+    """Type of every device [devices]: the catalogue's counts in a seeded order, one byte each. Read-only."""
+    smallest = np.min_scalar_type(len(population.types) - 1)
+    indices = np.repeat(np.arange(len(population.types), dtype=smallest), [kind.count for kind in population.types])
+    mixed = np.random.default_rng([seed, _TYPE]).permutation(indices)
+    mixed.flags.writeable = False
+    return mixed

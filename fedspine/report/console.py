@@ -52,14 +52,7 @@ class ConsoleObserver:
         self._console.print(Panel("\n".join(lines), title="plan", title_align="left"))
         self._console.print("loading model and data, starting the engine ...", style="dim")
         if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(compact=True),
-                console=self._console,
-            )
+            self._progress = progress_bar(self._console)
             self._progress.start()
             self._rounds = self._progress.add_task("rounds ", total=config.rounds, note="")
             self._devices = self._progress.add_task("devices", total=config.sampled, note="")
@@ -119,6 +112,18 @@ class ConsoleObserver:
             f"[bold]{escape(str(directory))}[/]: curves.png, summary.json, rounds.jsonl, config.toml, checkpoint/\n"
             f"TensorBoard: tensorboard --logdir {escape(str(directory / 'tensorboard'))}"
         )
+
+
+def progress_bar(console: Console) -> Progress:
+    """Bars with a count, a `note` and the time that is left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+    )
 
 
 def clock(seconds: float) -> str:

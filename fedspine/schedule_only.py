@@ -1,0 +1,296 @@
+"""`fedspine.schedule`: the scheduler alone. No training, no model: a response surface answers in place of the devices.
+
+Sampling, candidates, policy, reward and the virtual clock are those of `fedspine.simulate`; what a local round brings
+is drawn from a `Surface`, and a cut hits its ratio exactly. An idle device costs a few bytes, so a million of them
+fit. Directory: `config.toml`, `schedule.jsonl` (one `ScheduledRound` per line, written as it goes), `summary.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from fedspine.config import RunConfig, configured
+from fedspine.controller.history import History
+from fedspine.controller.policy import make_policy, rank_grid
+from fedspine.controller.reward import cut_share, log_reference, with_rewards
+from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio, sample_devices
+from fedspine.cost import workload_of
+from fedspine.devices.clock import VirtualMeter, device_state, type_indices
+from fedspine.devices.population import load_population
+from fedspine.errors import ConfigError
+from fedspine.pruning.select import check_reachable
+from fedspine.randomness import Purpose, generator
+from fedspine.report.records import write_atomically
+from fedspine.report.summary import PeakMemory
+from fedspine.run_directory import free_directory
+from fedspine.structure import ModelShape, ModuleShape
+from fedspine.surface import DEFAULT, Surface
+from fedspine.types import OUT_OF_MEMORY, TRAINED, Action, Candidate, Probe, Pull, Report
+
+MODEL = "all-MiniLM-L6-v2"
+MEMORY_LOOKS = 50
+"""Moments in a run at which its memory is looked at."""
+
+
+@dataclass(frozen=True)
+class ScheduledRound:
+    """One line of `schedule.jsonl`. Means are over the round's devices. Equal seeds give equal lines."""
+
+    round: int
+    floor_ratio: float
+    clock_seconds: float
+    """Virtual seconds so far: the sum of the slowest devices' times, probes included."""
+    waiting_seconds: float
+    """Mean of (round time - own time)."""
+    mean_rank: float
+    mean_sparsity: float
+    """After the round."""
+    mean_quality: float
+    progress: float
+    """Sum of all qualities so far."""
+    out_of_memory: int
+
+
+@dataclass(frozen=True)
+class ScheduleResult:
+    directory: Path
+    summary: dict[str, Any]
+
+
+def schedule(
+    config: RunConfig | str | Path | None = None,
+    *,
+    surface: Surface | str | Path | None = None,
+    out: str | Path | None = None,
+    on_round: Callable[[ScheduledRound], None] | None = None,
+    **keys: Any,
+) -> ScheduleResult:
+    """Run the rounds of a configuration without training.
+
+    `config`, `keys`, `out`: as for `fedspine.simulate`. `surface`: a `Surface`, the directory of a finished run to fit
+    one to, or nothing for `fedspine.surface.DEFAULT`. `on_round` hears of every round.
+
+    Errors: subclasses of `FedSpineError`; for a configuration that cannot run, before anything is written.
+    """
+    began = time.perf_counter()
+    config = configured(config, keys)
+    if not isinstance(surface, Surface):
+        surface = DEFAULT if surface is None else Surface.of_run(Path(surface))
+    directory = free_directory(out, "schedule", resumable=False)
+    scheduler = _Scheduler(config, surface)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "config.toml", config.to_toml().encode())
+    peak = PeakMemory()
+    peak.look()
+    started = time.perf_counter()
+    waiting, lost = 0.0, 0
+    with open(directory / "schedule.jsonl", "w", encoding="utf-8", buffering=1) as file:
+        for number in range(1, config.rounds + 1):
+            line = scheduler.play(number)
+            file.write(json.dumps(asdict(line), separators=(",", ":")) + "\n")
+            waiting += line.waiting_seconds
+            lost += line.out_of_memory
+            if number % math.ceil(config.rounds / MEMORY_LOOKS) == 0:
+                peak.look()
+            if on_round:
+                on_round(line)
+    summary = {
+        "policy": config.policy,
+        "seed": config.seed,
+        "devices": config.devices,
+        "sampled": config.sampled,
+        "rounds": config.rounds,
+        "virtual_seconds": line.clock_seconds,
+        "progress": line.progress,
+        "progress_per_virtual_second": line.progress / line.clock_seconds,
+        "mean_waiting_seconds": waiting / config.rounds,
+        "devices_that_took_part": scheduler.history.devices_seen,
+        "out_of_memory": lost,
+        "surface": {**asdict(surface), "weights": list(surface.weights)},
+        "planning_ms_per_round": 1e3 * scheduler.planning_seconds / config.rounds,
+        "wall_seconds": time.perf_counter() - started,
+        "startup_seconds": started - began,
+        "bytes_per_idle_device": scheduler.idle_bytes / config.devices,
+        "peak_rss_bytes": peak.bytes,
+    }
+    write_atomically(directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return ScheduleResult(directory, summary)
+
+
+class _Scheduler:
+    """A federation whose devices are a clock and a surface."""
+
+    def __init__(self, config: RunConfig, surface: Surface) -> None:
+        self.config, self.surface = config, surface
+        shape = minilm_shape(config)
+        check_reachable(config.target_sparsity, shape)
+        self.workload = workload_of(config, shape)
+        self.population = load_population(config.population, config.devices)
+        self.policy = make_policy(config, self.workload, self._true_seconds)
+        self.ranks = rank_grid(config.min_rank, config.max_rank)
+        try:
+            self.history = History(config.devices, config.rounds * config.sampled)
+        except (MemoryError, ValueError):
+            raise ConfigError(
+                f"rounds = {config.rounds}: with sampled = {config.sampled} there is no memory for so many pulls"
+            ) from None
+        self.idle_bytes = self.history.idle_bytes + type_indices(self.population, config.seed).nbytes
+        self.planning_seconds = 0.0
+        self._meters: dict[int, VirtualMeter] = {}
+        """Of the devices of the round that is played."""
+        self._log_reference: float | None = None
+        self._clock_seconds = 0.0
+        self._progress = 0.0
+
+    def play(self, number: int) -> ScheduledRound:
+        """One round, from sampling to reward. Errors: `FederationError` when the quorum is missed."""
+        config = self.config
+        devices = sample_devices(config, number)
+        self._meters = {
+            device: VirtualMeter(device_state(self.population, config.seed, device, number)) for device in devices
+        }
+        before = self.history.sparsities(devices)
+        probes = self._probe(devices, before)
+        began = time.perf_counter()
+        candidates = [
+            Candidate(device, ratio, *allowed_range(config, number, ratio), self.ranks, probe)
+            for device, ratio, probe in zip(devices, before, probes, strict=True)
+        ]
+        past = self.history.pulls(devices)
+        actions = self.policy.suggest(number, candidates, past, (config.seed, number, 0, int(Purpose.POLICY)))
+        self.planning_seconds += time.perf_counter() - began
+        pulls = [self._pull(number, *one) for one in zip(devices, actions, before, probes, strict=True)]
+        check_quorum(config, number, len(pulls), [pull.report for pull in pulls])
+        self._log_reference = log_reference(self._log_reference, pulls)
+        reference = math.exp(self._log_reference) if self._log_reference is not None else 0.0
+        pulls = list(with_rewards(config.reward, pulls, self._qualities(number, pulls), reference))
+        self.history.add(pulls)
+        return self._line(number, pulls)
+
+    def _probe(self, devices: list[int], ratios: list[float]) -> list[Probe | None]:
+        """A measurement of every device that has to be probed, None for the others."""
+        if not self.config.uses_probe:
+            return [None] * len(devices)
+        seen = self.history.seen(devices) if self.config.probe == "first" else [False] * len(devices)
+        flops = self.workload.planned_flops(np.array(ratios), np.array(float(self.config.fixed_rank)))
+        per_iteration = flops / self.config.local_iterations
+        return [
+            None if known else self._meters[device].probe(float(count))
+            for device, known, count in zip(devices, seen, per_iteration, strict=True)
+        ]
+
+    def _pull(self, number: int, device: int, action: Action, before: float, probe: Probe | None) -> Pull:
+        report = self._report(number, device, action, before)
+        after = action.pruning_ratio if report.outcome == TRAINED else before
+        flops = self.workload.planned_flops(after, action.lora_rank)
+        return Pull(number, device, action, before, after, report, flops, probe)
+
+    def _report(self, number: int, device: int, action: Action, before: float) -> Report:
+        """Times and bytes of a local round: the cuts before iterations 0, K, 2K, ... share what is to be cut."""
+        config, workload, meter = self.config, self.workload, self._meters[device]
+        cuts, rank = config.cuts_per_round, action.lora_rank
+        ratios = np.linspace(before + (action.pruning_ratio - before) / cuts, action.pruning_ratio, cuts)
+        first = float(ratios[0])
+        scores = workload.score_bytes if cuts > 1 and number > 1 else 0
+        download = int(workload.adapter_bytes(first, rank)) + workload.structure_bytes + scores
+        received = meter.download_seconds(download)
+        needed = workload.planned_memory_bytes(first, rank)
+        if meter.out_of_memory(needed):
+            message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
+            return Report(OUT_OF_MEMORY, download_bytes=download, download_seconds=received, message=message)
+        starts = [cut * config.prune_interval for cut in range(cuts)]
+        shares = np.diff([*starts, config.local_iterations]) / config.local_iterations
+        flops = float(shares @ workload.planned_flops(ratios, np.full(cuts, float(rank))))
+        upload = int(workload.adapter_bytes(action.pruning_ratio, rank)) + workload.structure_bytes
+        upload += workload.score_bytes
+        return Report(
+            TRAINED,
+            compute_seconds=meter.compute_seconds(flops, config.local_iterations),
+            download_seconds=received,
+            upload_seconds=meter.upload_seconds(upload),
+            download_bytes=download,
+            upload_bytes=upload,
+        )
+
+    def _true_seconds(self, round: int, device: int, ratio: float, rank: int) -> float:
+        """What no policy but the clairvoyant one may know: of a device of the round that is played."""
+        (before,) = self.history.sparsities([device])
+        return self._report(round, device, Action(ratio, rank), before).seconds
+
+    def _qualities(self, number: int, pulls: list[Pull]) -> list[float]:
+        """Drawn from the surface: the same noise for the same seed, round and place in it, whatever was chosen."""
+        target = self.config.target_sparsity
+        expected = self.surface.quality(
+            [pull.action.lora_rank for pull in pulls],
+            [pull.ratio_after for pull in pulls],
+            [cut_share(target, pull.ratio_before, pull.ratio_after) for pull in pulls],
+            number / self.config.rounds,
+        )
+        noise = generator(self.config.seed, number, 0, Purpose.SURFACE).standard_normal(len(pulls))
+        return [float(quality) for quality in expected + self.surface.sigma * noise]
+
+    def _line(self, number: int, pulls: list[Pull]) -> ScheduledRound:
+        times = [pull.report.seconds + (pull.probe.seconds if pull.probe else 0.0) for pull in pulls]
+        slowest = float(max(times))
+        self._clock_seconds += slowest
+        self._progress += sum(pull.quality for pull in pulls)
+        return ScheduledRound(
+            round=number,
+            floor_ratio=floor_ratio(self.config, number),
+            clock_seconds=self._clock_seconds,
+            waiting_seconds=fmean(slowest - seconds for seconds in times),
+            mean_rank=fmean(pull.action.lora_rank for pull in pulls),
+            mean_sparsity=fmean(pull.ratio_after for pull in pulls),
+            mean_quality=fmean(pull.quality for pull in pulls),
+            progress=self._progress,
+            out_of_memory=sum(pull.report.outcome == OUT_OF_MEMORY for pull in pulls),
+        )
+
+
+def minilm_shape(config: RunConfig) -> ModelShape:
+    """The counts of MiniLM-L6 with two classes, with adapters on the configuration's targets.
+
+    Errors: `ConfigError` for another model, or a target that it does not have.
+    """
+    layers, hidden, heads, head_dim, channels = 6, 384, 12, 32, 1536
+    attention, inner = heads * head_dim, channels
+    roles = {
+        "q": (attention, hidden, "heads", "rows"),
+        "k": (attention, hidden, "heads", "rows"),
+        "v": (attention, hidden, "heads", "rows"),
+        "o": (hidden, attention, "heads", "columns"),
+        "up": (inner, hidden, "channels", "rows"),
+        "down": (hidden, inner, "channels", "columns"),
+    }
+    if config.model != MODEL:
+        raise ConfigError(f"model = '{config.model}': without training only the counts of '{MODEL}' are known")
+    for role in config.lora_targets:
+        if role not in roles:
+            raise ConfigError(f"lora_targets has '{role}', which {MODEL} does not have; it has {', '.join(roles)}")
+    return ModelShape(
+        family="bert",
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        head_dim=head_dim,
+        channels=channels,
+        head_parameters=head_dim * (4 * hidden + 3),
+        channel_parameters=2 * hidden + 1,
+        total_parameters=22_713_986,
+        head_bytes=4 * 2 * (hidden + 1),
+        modules=tuple(
+            ModuleShape(f"{layer}.{role}", layer, role, *roles[role])
+            for layer in range(layers)
+            for role in roles
+            if role in config.lora_targets
+        ),
+    )
