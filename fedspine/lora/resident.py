@@ -126,7 +126,7 @@ class ResidentModel:
 
     def arrays(self) -> dict[str, Array]:
         """Adapters and head as they are now (narrow), copied."""
-        return {name: np.array(parameter.detach().cpu()) for name, parameter in self.parameters.items()}
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
 
     def lora(self, module: ModuleShape) -> tuple[nn.Parameter, nn.Parameter, torch.Tensor]:
         """(A [rank, d_in], B [d_out, rank], frozen weight [d_out, d_in]) of a mounted projection."""
