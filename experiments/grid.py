@@ -20,6 +20,10 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}
 """Two-sided 95 % quantiles of Student's t by number of seeds."""
 
 
+COMMIT = "commit.txt"
+"""In a run's directory: the commit that finished it."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run: a name for the table's row, a configuration file, overrides, a seed."""
@@ -54,11 +58,12 @@ def _run(cell: Cell, out: Path) -> tuple[Cell, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    (directory / COMMIT).write_text(commit() + "\n")
     return cell, float(json.loads(done.stdout)["wall_seconds"])
 
 
 def collect(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
-    """One entry per finished run: row name, seed, summary, and the curve as [round, virtual seconds, accuracy,
+    """One entry per finished run: row name, seed, commit, summary, and the curve as [round, virtual seconds, accuracy,
     smoothed accuracy] of every evaluated round."""
     found = []
     for cell in cells:
@@ -72,8 +77,19 @@ def collect(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
             if line["accuracy"] is not None
         ]
         summary = json.loads((directory / "summary.json").read_text())
-        found.append({"name": cell.name, "seed": cell.seed, "summary": summary, "curve": curve})
+        made = (directory / COMMIT).read_text().strip()
+        found.append({"name": cell.name, "seed": cell.seed, "commit": made, "summary": summary, "curve": curve})
     return found
+
+
+def commits(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Which commits made the runs: `abc` or `abc (seed 0), def (seeds 1, 2)`."""
+    seeds: dict[str, set[int]] = {}
+    for run in runs:
+        seeds.setdefault(run["commit"], set()).add(run["seed"])
+    if len(seeds) == 1:
+        return next(iter(seeds))
+    return ", ".join(f"{made} (seed {', '.join(map(str, sorted(used)))})" for made, used in sorted(seeds.items()))
 
 
 def by_name(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

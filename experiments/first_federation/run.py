@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from grid import Cell, by_name, collect, column, commit, interval, markdown, run_all  # noqa: E402
+from grid import Cell, by_name, collect, column, commits, interval, markdown, run_all  # noqa: E402
 
 from fedspine.report.curves import COLOURS  # noqa: E402
 
@@ -42,11 +42,11 @@ def main() -> None:
             for method in METHODS
         ]
         run_all(cells, options.out, options.parallel)
-        results.write_text(json.dumps({"commit": commit(), "runs": collect(cells, options.out)}, indent=1) + "\n")
-    found = json.loads(results.read_text())
-    table = _table(found["runs"])
-    (HERE / "table.md").write_text(f"Commit {found['commit']}.\n\n{table}")
-    _draw(found["runs"], HERE / "curves.png")
+        results.write_text(json.dumps(collect(cells, options.out), indent=1) + "\n")
+    runs = json.loads(results.read_text())
+    table = _table(runs)
+    (HERE / "table.md").write_text(f"Commit {commits(runs)}.\n\n{table}")
+    _draw(runs, HERE / "curves.png")
     print(table)
 
 

@@ -1,4 +1,4 @@
-"""Does the scheduler save virtual time at equal final sparsity? Six policies, two populations, three seeds.
+"""Does the scheduler save virtual time at equal final sparsity? Five policies, two populations, three seeds.
 
     .venv/bin/python experiments/scheduling/run.py [--out runs/scheduling] [--parallel 2]
 
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from grid import Cell, by_name, collect, commit, interval, markdown, run_all  # noqa: E402
+from grid import Cell, by_name, collect, commits, interval, markdown, run_all  # noqa: E402
 
 from fedspine.report.curves import COLOURS  # noqa: E402
 
@@ -31,7 +31,6 @@ POLICIES = {
     "fixed": ("policy=fixed",),
     "random": ("policy=random",),
     "s-ucb": ("policy=s-ucb", "reward=paper"),
-    "time-model": ("policy=time-model",),
     "fedspine": ("policy=fedspine",),
     "clairvoyant": ("policy=clairvoyant",),
 }
@@ -54,12 +53,12 @@ def main() -> None:
             for policy in options.policies
         ]
         run_all(cells, options.out, options.parallel)
-        results.write_text(json.dumps({"commit": commit(), "runs": collect(cells, options.out)}, indent=1) + "\n")
-    found = json.loads(results.read_text())
-    times = _times(found["runs"])
-    target = found["runs"][0]["summary"]["target_accuracy"]
-    text = f"Virtual seconds to a smoothed accuracy of {target}; commit {found['commit']}, seeds "
-    text += f"{', '.join(map(str, SEEDS))}.\n\n{_table(times, found['runs'])}"
+        results.write_text(json.dumps(collect(cells, options.out), indent=1) + "\n")
+    runs = json.loads(results.read_text())
+    times = _times(runs)
+    target = runs[0]["summary"]["target_accuracy"]
+    text = f"Virtual seconds to a smoothed accuracy of {target}; commit {commits(runs)}, seeds "
+    text += f"{', '.join(map(str, SEEDS))}.\n\n{_table(times, runs)}"
     (HERE / "table.md").write_text(text)
     _draw(times, HERE / "times.png")
     print(text)
