@@ -168,6 +168,16 @@ def test_every_device_ends_within_a_channel_of_the_target(folders: Folders, tmp_
     assert run.summary["sparsity_prunable_min"] == min(sparsities(run.directory))
 
 
+def test_only_so_many_devices_are_evaluated(finished: RunResult, folders: Folders, tmp_path: Path) -> None:
+    """All are cut to the target; the figures of accuracy are those of the drawn ones."""
+    run = simulate(out=tmp_path / "run", **{**KEYS, **folders, "eval_devices": 3})
+    assert (finished.summary["devices_evaluated"], run.summary["devices_evaluated"]) == (8, 3)
+    assert rounds(run.directory) == rounds(finished.directory)
+    assert sparsities(run.directory) == sparsities(finished.directory)
+    lowest, highest = finished.summary["device_accuracy_min"], run.summary["device_accuracy_min"]
+    assert lowest <= highest
+
+
 def test_nothing_a_device_lost_comes_back(finished: RunResult) -> None:
     """The ratio of a device never falls, and stays within what the round allows."""
     now = dict.fromkeys(range(KEYS["devices"]), 0.0)
