@@ -61,7 +61,7 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
             probes = [probe_batch(member, bench) for member in members]
             before = _probe_losses(resident, probes, bench.pad_id)
         parameters = list(resident.parameters.values())
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, foreach=True)
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
         streams = [batches_of(member, bench) for member in members]
         flops = np.zeros(len(members))
         for iteration in range(config.local_iterations):

@@ -85,7 +85,7 @@ class LocalOptimizer:
 
     def _fresh(self) -> torch.optim.Optimizer:
         parameters = list(self._resident.parameters.values())
-        return torch.optim.AdamW(parameters, lr=self._learning_rate, weight_decay=0.0, foreach=True)
+        return torch.optim.AdamW(parameters, lr=self._learning_rate, weight_decay=0.0, fused=True)
 
 
 def tune(

@@ -13,17 +13,14 @@ import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedspine.lora.adapters import HEAD, kept_features
+from fedspine.lora.layer import ADAPTER, with_fused_lora
 from fedspine.pruning.families import describe, family_of, linear_layers, unit_of
 from fedspine.structure import ModelShape, ModuleShape, Structure
 from fedspine.types import Array, Arrays
-
-_ADAPTER = "default"
 
 
 class ResidentModel:
@@ -62,14 +59,11 @@ class ResidentModel:
         settings = LoraConfig(
             r=rank, lora_alpha=scale * rank, target_modules=[m.name for m in self.shape.modules], lora_dropout=0.0
         )
-        self.model = inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+        self.model = inject_adapter_in_model(with_fused_lora(settings), model, adapter_name=ADAPTER)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        _keep_first_token(model, family)
         self._modules = {module.name: module for module in self.shape.modules}
-        for name in self._modules:
-            layer = self._layer(name)
-            layer.cast_input_dtype_enabled = False
-            layer.lora_variant[_ADAPTER] = FusedLora()
         self.structure = Structure.full(self.shape)
         self.parameters: dict[str, nn.Parameter] = {}
 
@@ -131,7 +125,7 @@ class ResidentModel:
     def lora(self, module: ModuleShape) -> tuple[nn.Parameter, nn.Parameter, torch.Tensor]:
         """(A [rank, d_in], B [d_out, rank], frozen weight [d_out, d_in]) of a mounted projection."""
         layer = self._layer(module.name)
-        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, layer.get_base_layer().weight.float()
+        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer().weight.float()
 
     def _cut_base(self, name: str, role: str, layer: int, structure: Structure) -> None:
         unit, axis = unit_of(role)
@@ -157,8 +151,8 @@ class ResidentModel:
             merged = torch.addmm(linear.weight.float(), b, a, alpha=self.scale).to(linear.weight.dtype)
             linear.weight = nn.Parameter(merged, requires_grad=False)
         rank = a.shape[-2]
-        layer.r[_ADAPTER], layer.scaling[_ADAPTER] = rank, self.scale
-        for side, part, value in (("A", layer.lora_A[_ADAPTER], a), ("B", layer.lora_B[_ADAPTER], b)):
+        layer.r[ADAPTER], layer.scaling[ADAPTER] = rank, self.scale
+        for side, part, value in (("A", layer.lora_A[ADAPTER], a), ("B", layer.lora_B[ADAPTER], b)):
             part.weight = nn.Parameter(value, requires_grad=not merge)
             self.parameters[f"{name}.{side}"] = part.weight
 
@@ -173,25 +167,6 @@ class ResidentModel:
         module = self.model.get_submodule(name)
         linear: nn.Linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
         return linear
-
-
-class FusedLora(LoraVariant):  # type: ignore[misc]
-    """PEFT's LoRA with the scaling on the rank-sized side and one fused product for the wide side.
-
-    The factors are float32; the arithmetic is in the type of the input.
-    """
-
-    @staticmethod
-    def forward(
-        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: object
-    ) -> torch.Tensor:
-        a, b = (side[active_adapter].weight.to(x.dtype) for side in (module.lora_A, module.lora_B))
-        scale = module.scaling[active_adapter]
-        if a.ndim == 3:  # one pair of factors per device
-            parts, wide = (value.reshape(len(a), -1, value.shape[-1]) for value in (x, result))
-            return torch.baddbmm(wide, torch.bmm(parts, a.mT) * scale, b.mT).view_as(result)
-        low = functional.linear(x, a) * scale
-        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.T).view_as(result)
 
 
 class _Head(nn.Module):
@@ -212,6 +187,20 @@ class _Head(nn.Module):
 
     def _with(self, weights: Mapping[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(self.module, dict(weights), (features,))  # type: ignore[no-any-return]
+
+
+def _keep_first_token(model: nn.Module, model_type: str) -> None:
+    """After the attention of the last layer only the first token goes on: where the head reads no other.
+
+    The others would cost a tenth of the arithmetic, and neither the logits nor any gradient depends on them.
+    """
+    family = family_of(model_type)
+    if family.first_token is None:
+        return
+    layers = model.get_submodule(family.layers)
+    attention, join = (layers[-1].get_submodule(path) for path in family.first_token)  # type: ignore[index]
+    attention.register_forward_hook(lambda _, inputs, outputs: (outputs[0][:, :1], *outputs[1:]))
+    join.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1][:, :1]))
 
 
 def _to(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -34,6 +34,8 @@ class Family:
     """Role (q, k, v, o, up, down, gate) to the linear layer's path inside a transformer layer."""
     head: str
     """The task head that is trained next to the adapters, from the top of the model."""
+    first_token: tuple[str, str] | None = None
+    """Where the head reads the first token only: the attention, and the module that adds its output to its input."""
 
 
 _BERT_ROLES = {
@@ -45,10 +47,12 @@ _BERT_ROLES = {
     "down": "output.dense",
 }
 
+_BERT_FIRST_TOKEN = ("attention.self", "attention.output")
+
 FAMILIES: dict[str, Family] = {
-    "bert": Family("bert.encoder.layer", _BERT_ROLES, "classifier"),
-    "roberta": Family("roberta.encoder.layer", _BERT_ROLES, "classifier"),
-    "xlm-roberta": Family("roberta.encoder.layer", _BERT_ROLES, "classifier"),
+    "bert": Family("bert.encoder.layer", _BERT_ROLES, "classifier", _BERT_FIRST_TOKEN),
+    "roberta": Family("roberta.encoder.layer", _BERT_ROLES, "classifier", _BERT_FIRST_TOKEN),
+    "xlm-roberta": Family("roberta.encoder.layer", _BERT_ROLES, "classifier", _BERT_FIRST_TOKEN),
 }
 """By `model_type` of the transformers configuration."""
 

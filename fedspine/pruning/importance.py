@@ -99,7 +99,7 @@ class FisherScorer(_Smoothed):
             value = output.detach()
 
             def take(gradient: torch.Tensor) -> None:
-                per_example = (value * gradient).sum(1, dtype=torch.float32)
+                per_example = (value * gradient).sum(1).float()
                 if size > 1:
                     per_example = per_example.reshape(len(per_example), -1, size).sum(2)
                 by_device = per_example.square().reshape(1 + len(self._others), -1, per_example.shape[1])

@@ -35,14 +35,18 @@ def test_start_leaves_the_function_unchanged() -> None:
     torch.testing.assert_close(resident.model(**batch).logits, expected, rtol=0, atol=1e-6)
 
 
-def test_parity_with_peft() -> None:
-    """A mounted model gives the logits, the loss gradient and the step of stock PEFT with the same weights."""
-    resident = tiny_resident()
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_parity_with_peft(family: str) -> None:
+    """A mounted model gives the logits and the gradients of stock PEFT around the stock model.
+
+    Also where only the first token leaves the last layer's attention.
+    """
+    resident = ResidentModel(tiny_model(family), family, TARGETS, 6, 2.0)
     shape, batch, labels, rank = resident.shape, tokens(), torch.tensor([0, 1, 2]), 3
     arrays = narrow(random_arrays(resident), Structure.full(shape), rank, shape)
     resident.mount(Structure.full(shape), arrays)
     stock = get_peft_model(
-        tiny_model(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[m.name for m in shape.modules])
+        tiny_model(family), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[m.name for m in shape.modules])
     )
     for module in shape.modules:
         layer = stock.base_model.model.get_submodule(module.name)
@@ -50,12 +54,12 @@ def test_parity_with_peft() -> None:
         layer.lora_B["default"].weight.data = torch.from_numpy(arrays[f"{module.name}.B"].copy())
     for model in (resident.model, stock):
         torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
-    torch.testing.assert_close(resident.model(**batch).logits, stock(**batch).logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(resident.model(**batch).logits, stock(**batch).logits, rtol=1e-6, atol=1e-6)
     for module in shape.modules:
         layer = stock.base_model.model.get_submodule(module.name)
         for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
-            ours = resident.parameters[f"{module.name}.{side}"].grad
-            torch.testing.assert_close(ours, part["default"].weight.grad, rtol=1e-5, atol=1e-7)
+            ours, theirs = resident.parameters[f"{module.name}.{side}"].grad, part["default"].weight.grad
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
