@@ -54,7 +54,7 @@ class BareLoop(Silent):
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._bench = workbench(config.to_json())
-        self._model, _, self._family = load_model(config, len(self._bench.task.classes))
+        self._model, self._family = load_model(config, len(self._bench.data.classes))
         self.seconds: list[float] = []
         self.run_seconds: list[float] = []
         self.parts: dict[str, float] = {}
@@ -109,7 +109,7 @@ def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, ra
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     rng = generator(config.seed, round, device, Purpose.BATCHES)
-    data = bench.train.take(bench.rows[device])
+    data = bench.data.train.take(bench.data.rows[device])
     batches = [
         (tensors(batch, torch.device("cpu")), torch.from_numpy(batch.labels))
         for batch in training_batches(data, config.batch_size, config.local_iterations, rng, bench.pad_id)

@@ -12,18 +12,16 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
 from fedspine.cost import Workload, workload_of
-from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
-from fedspine.data.partition import partition_rows
-from fedspine.data.task import TextTask, load_task
+from fedspine.data.encode import Batch, Encoded, balanced_sample, evaluation_batches, training_batches
+from fedspine.data.prepared import PreparedData, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
 from fedspine.lora.adapters import narrow, nbytes, widen
 from fedspine.lora.resident import ResidentModel, update_norm
-from fedspine.model import load_model
+from fedspine.model import load_model, load_tokenizer
 from fedspine.pruning.importance import SCORERS
 from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
@@ -55,11 +53,7 @@ class Workbench:
     """All that stays in a process for one configuration."""
 
     config: RunConfig
-    task: TextTask
-    train: Encoded
-    test: Encoded
-    rows: tuple[NDArray[np.int64], ...]
-    """Rows of the training set by device."""
+    data: PreparedData
     resident: ResidentModel
     population: Population
     pad_id: int
@@ -87,10 +81,10 @@ def workbench(settings: str) -> Workbench:
     """
     config = RunConfig.from_json(settings)
     configure_threads(config.threads)
-    task = load_task(config)
     population = load_population(config.population, config.devices)
-    rows = partition_rows(task, config)
-    model, tokenizer, family = load_model(config, len(task.classes))
+    tokenizer = load_tokenizer(config)
+    data = find(settings) or prepare(config, tokenizer)
+    model, family = load_model(config, len(data.classes))
     resident = ResidentModel(
         model,
         family,
@@ -102,10 +96,7 @@ def workbench(settings: str) -> Workbench:
     )
     return Workbench(
         config=config,
-        task=task,
-        train=encode(tokenizer, task.train, config.max_length),
-        test=encode(tokenizer, task.test, config.max_length),
-        rows=rows,
+        data=data,
         resident=resident,
         population=population,
         pad_id=tokenizer.pad_token_id or 0,
@@ -164,7 +155,7 @@ def train(request: TrainRequest) -> TrainReply:
 
 def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
     """Download what the request holds; the reply of a device whose memory is too small for it."""
-    rows = bench.rows[request.device]
+    rows = bench.data.rows[request.device]
     meter = VirtualMeter(device_state(bench.population, bench.config.seed, request.device, request.round))
     needed = bench.workload.memory_bytes(request.structure, request.action.lora_rank)
     download = nbytes(request.arrays) + request.structure.nbytes + scores_nbytes(request.scores)
@@ -179,7 +170,7 @@ def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
         message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
         failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
         return TrainReply(request.device, failed, request.structure, {}, None)
-    return Local(request, bench.train.take(rows), meter, report)
+    return Local(request, bench.data.train.take(rows), meter, report)
 
 
 def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
@@ -258,8 +249,8 @@ def evaluate_device(request: EvaluateRequest) -> EvaluateReply:
     bench = workbench(request.settings)
     configure_threads(bench.config.threads)
     bench.resident.mount(request.structure, request.arrays, merge=True)
-    accuracy, loss, _ = evaluate(bench.resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id))
-    return EvaluateReply(request.device, len(bench.test), accuracy, loss)
+    accuracy, loss, _ = evaluate(bench.resident, evaluation_batches(bench.data.test, EVALUATION_BATCH, bench.pad_id))
+    return EvaluateReply(request.device, len(bench.data.test), accuracy, loss)
 
 
 def scores_nbytes(scores: Scores | None) -> int:

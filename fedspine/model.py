@@ -33,8 +33,23 @@ def model_source(name: str) -> str:
     return name
 
 
-def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
-    """The model in float32, its tokenizer, and its family name. A task head that does not fit is replaced, seeded.
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Errors: `ModelError` when it cannot be found.
+    """
+    _quiet()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_source(config.model))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _not_loadable(config.model, error) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when the files are absent
+        raise _not_loadable(config.model, OSError("it has no tokenizer."))
+    return tokenizer
+
+
+def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, str]:
+    """The model in float32 and its family name. A task head that does not fit is replaced, seeded.
 
     Dropout is off: short local rounds are noisy enough, and results stay comparable across structures.
     Errors: `ModelError` when it cannot be found, has no safetensors weights, or is of an unknown family.
@@ -54,7 +69,6 @@ def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, PreTrainedTo
     if config.max_length > limit:
         raise ModelError(f"max_length = {config.max_length}: {config.model} takes at most {limit} tokens")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -67,13 +81,11 @@ def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, PreTrainedTo
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _not_loadable(config.model, error) from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when the files are absent
-        raise _not_loadable(config.model, OSError("it has no tokenizer."))
     names = (str(key[0]) for key in loaded["mismatched_keys"])
     misfits = sorted(name for name in names if name.startswith(f"{model.base_model_prefix}."))
     if misfits:  # only a head may be of another size
         raise _not_loadable(config.model, OSError(f"the size of {misfits[0]} is not what its config.json says."))
-    return model.eval(), tokenizer, settings.model_type
+    return model.eval(), settings.model_type
 
 
 def _not_loadable(name: str, error: Exception) -> ModelError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedspine.config import RunConfig, configured, load_config
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
 from fedspine.data.encode import evaluation_batches, training_batches
+from fedspine.data.prepared import shared
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.errors import CheckpointError, ConfigError
 from fedspine.federation import (
@@ -100,13 +102,14 @@ def simulate(
         check_groupable(config)
     state, records = run.restored() if resume is not None else run.fresh()
     observer.plan(run.plan())
-    outcome = run_federation(
-        lambda exchange: run.execute(exchange, state, records, began),
-        devices=config.devices,
-        engine=engine,
-        workers=workers,
-        threads=config.threads,
-    )
+    with shared(run.bench.data, config.to_json()) if engine == "ray" else nullcontext():
+        outcome = run_federation(
+            lambda exchange: run.execute(exchange, state, records, began),
+            devices=config.devices,
+            engine=engine,
+            workers=workers,
+            threads=config.threads,
+        )
     observer.finished(outcome.summary, directory)
     return outcome
 
@@ -230,7 +233,7 @@ class _Run:
         bench.resident.mount(full, narrow(arrays | bench.resident.head_arrays(), full, config.fixed_rank, bench.shape))
         optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
         rng = generator(config.seed, 0, 0, Purpose.BATCHES)
-        batches = list(training_batches(bench.train, config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
+        batches = list(training_batches(bench.data.train, config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
         tune(bench.resident, optimizer, batches[:1], _nothing, _nothing, Stopwatch())
         began = time.perf_counter()
         tune(bench.resident, optimizer, batches[1:], _nothing, _nothing, Stopwatch())
@@ -258,7 +261,7 @@ class _Run:
         curves.add(record)
         history.append(record)
         self.peak.look()
-        labels = np.bincount(self.bench.test.labels)
+        labels = np.bincount(self.bench.data.test.labels)
         warning = collapse_warning(history, float(labels.max() / labels.sum()))
         if warning and record.accuracy is not None:
             self.observer.warning(warning)
@@ -266,7 +269,9 @@ class _Run:
     def _evaluate(self, structure: Structure, arrays: Arrays) -> Evaluation:
         bench = self.bench
         bench.resident.mount(structure, narrow(arrays, structure, self.config.max_rank, bench.shape), merge=True)
-        return Evaluation(*evaluate(bench.resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id)))
+        return Evaluation(
+            *evaluate(bench.resident, evaluation_batches(bench.data.test, EVALUATION_BATCH, bench.pad_id))
+        )
 
     def _true_seconds(self, round: int, device: int, ratio: float, rank: int) -> float:
         """What the simulator knows and no policy but the clairvoyant one may."""

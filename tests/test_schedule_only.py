@@ -106,7 +106,7 @@ def test_the_shape_is_that_of_the_model() -> None:
     from fedspine.pruning.families import describe
 
     config = RunConfig(lora_targets=("q", "k", "v", "o", "up", "down"))
-    model, _, family = load_model(config, 2)
+    model, family = load_model(config, 2)
     real, known = describe(model, family, config.lora_targets), minilm_shape(config)
     unnamed = [replace(module, name="") for module in real.modules]
     assert unnamed == [replace(module, name="") for module in known.modules]
