@@ -64,10 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--resume", metavar="DIR", help="continue the run in DIR")
     simulate.add_argument(
         "--engine",
-        choices=("inline", "grouped", "ray"),
-        default="ray",
-        help="Flower's runtime on Ray (default); inline: one process; "
-        "grouped: one process that trains the devices of a round as one batch",
+        choices=("auto", "inline", "grouped", "ray"),
+        default="auto",
+        help="ray: Flower's runtime on Ray; inline: one process; grouped: one process that trains the devices of a "
+        "round as one batch; auto (default): grouped on a GPU and in bfloat16, ray with several workers, else inline",
     )
     simulate.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of the ray engine (default: cores)"

@@ -30,9 +30,14 @@ from fedspine.training import tensors
 from fedspine.types import Scores, TrainReply, TrainRequest
 
 
+def groupable(config: RunConfig) -> bool:
+    """Whether devices can share a batch: the importance has to be measured on it."""
+    return config.importance == "fisher" or config.target_sparsity == 0
+
+
 def check_groupable(config: RunConfig) -> None:
     """Errors: `ConfigError` for an importance that is not measured on a shared batch."""
-    if config.importance != "fisher" and config.target_sparsity > 0:
+    if not groupable(config):
         raise ConfigError(
             f"importance = '{config.importance}': engine = 'grouped' measures only 'fisher'; use engine inline or ray"
         )

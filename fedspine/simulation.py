@@ -34,7 +34,7 @@ from fedspine.federation import (
 )
 from fedspine.final import evaluate_devices, prune_everyone
 from fedspine.flower.engines import check_engine, run_federation
-from fedspine.group_round import check_groupable
+from fedspine.group_round import check_groupable, groupable
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.pruning.select import check_reachable
 from fedspine.randomness import Purpose, generator
@@ -77,15 +77,14 @@ def simulate(
 
     `config`: a `RunConfig`, a TOML file, or nothing for the defaults; `keys` override single values.
     `out`: a new directory for the run; by default one under `runs/`. `resume`: a directory to continue instead.
-    `engine`: `inline` (this process), `ray` (Flower's simulation runtime with `workers` processes) or `grouped` (the
-    devices of a round as one batch). Inline and ray give the same bits with any number of workers, grouped the same
-    result up to rounding.
+    `engine`: `inline` (this process), `ray` (Flower's simulation runtime with `workers` processes), `grouped` (the
+    devices of a round as one batch) or `auto` (`fastest_engine`). Inline and ray give the same bits with any number of
+    workers, grouped the same result up to rounding.
 
     Errors: subclasses of `FedSpineError`, before anything is written.
     """
     began = time.perf_counter()
-    check_engine(engine, workers)
-    workers = workers if engine == "ray" else 1
+    check_engine("inline" if engine == "auto" else engine, workers)
     if resume is not None:
         if config is not None or out is not None or keys:
             raise ConfigError("resume continues a run as it was configured: leave out config, out and keys")
@@ -94,6 +93,8 @@ def simulate(
     else:
         config = configured(config, keys)
         directory = free_directory(out, config.method)
+    engine = fastest_engine(config, workers) if engine == "auto" else engine
+    workers = workers if engine == "ray" else 1
     observer = observer or Silent()
     workbench.cache_clear()  # files may have changed since the last run of this process
     run = _Run(config, workbench(config.to_json()), directory, observer, engine, workers, PeakMemory())
@@ -112,6 +113,17 @@ def simulate(
         )
     observer.finished(outcome.summary, directory)
     return outcome
+
+
+def fastest_engine(config: RunConfig, workers: int) -> str:
+    """The engine that `auto` stands for: it depends on the configuration only, so that a run can be repeated.
+
+    On a GPU and in bfloat16 one large batch is faster than many small ones; in float32 on a CPU it is slower, as its
+    padding costs more than it saves (benchmarks/NOTES.md).
+    """
+    if groupable(config) and (config.torch_device == "cuda" or config.dtype == "bfloat16"):
+        return "grouped"
+    return "ray" if workers > 1 else "inline"
 
 
 def run_server(config: RunConfig, exchange: Exchange) -> None:

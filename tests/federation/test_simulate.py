@@ -18,7 +18,7 @@ from fedspine.client_round import workbench
 from fedspine.config import METHODS, RunConfig, load_config
 from fedspine.errors import CheckpointError, ConfigError, FederationError
 from fedspine.report.observer import RunPlan
-from fedspine.simulation import RunResult, simulate
+from fedspine.simulation import RunResult, fastest_engine, simulate
 from fedspine.structure import Structure
 from fedspine.types import OUT_OF_MEMORY, TRAINED, RoundRecord
 from tests.small_run import KEYS, figures, rounds, write_data, write_model
@@ -268,6 +268,20 @@ def test_ray_equals_inline(finished: RunResult, folders: Folders, tmp_path: Path
     run = simulate(out=tmp_path / "run", engine="ray", workers=workers, **KEYS, **folders)
     assert_same_end(run.directory, finished.directory)
     assert (run.summary["engine"], run.summary["workers"]) == ("ray", workers)
+
+
+@pytest.mark.parametrize(
+    ("keys", "workers", "engine"),
+    [
+        ({}, 1, "inline"),
+        ({}, 2, "ray"),
+        ({"dtype": "bfloat16"}, 2, "grouped"),
+        ({"dtype": "bfloat16", "importance": "magnitude"}, 2, "ray"),
+        ({"torch_device": "cuda"}, 1, "grouped"),
+    ],
+)
+def test_auto_is_an_engine_that_the_configuration_decides(keys: dict[str, str], workers: int, engine: str) -> None:
+    assert fastest_engine(RunConfig.from_values(keys), workers) == engine
 
 
 def test_a_device_out_of_memory_is_an_outcome(folders: Folders, tmp_path: Path) -> None:
