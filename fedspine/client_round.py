@@ -12,11 +12,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
 from fedspine.cost import Workload, workload_of
-from fedspine.data.encode import Batch, Encoded, balanced_sample, evaluation_batches, training_batches
-from fedspine.data.prepared import PreparedData, find, prepare
+from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
+from fedspine.data.prepared import PreparedData, Rows, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
 from fedspine.lora.adapters import narrow, nbytes, widen
@@ -46,6 +47,8 @@ from fedspine.types import (
 
 EVALUATION_BATCH = 64
 PROBE_PART = 8
+DEVICES_KEPT = 128
+"""Devices whose rows stay tokenized in a process."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Workbench:
 
     config: RunConfig
     data: PreparedData
+    test: Encoded
+    of_device: Callable[[int], Encoded]
+    """The training rows of a device."""
     resident: ResidentModel
     population: Population
     pad_id: int
@@ -83,7 +89,7 @@ def workbench(settings: str) -> Workbench:
     configure_threads(config.threads)
     population = load_population(config.population, config.devices)
     tokenizer = load_tokenizer(config)
-    data = find(settings) or prepare(config, tokenizer)
+    data = find(settings) or prepare(config)
     model, family = load_model(config, len(data.classes))
     resident = ResidentModel(
         model,
@@ -94,9 +100,16 @@ def workbench(settings: str) -> Workbench:
         getattr(torch, config.dtype),
         config.torch_device,
     )
+
+    def tokens(rows: Rows, index: NDArray[np.int64]) -> Encoded:
+        pairs = rows.pairs.take(index) if rows.pairs else None
+        return encode(tokenizer, rows.texts.take(index), pairs, rows.labels[index], config.max_length)
+
     return Workbench(
         config=config,
         data=data,
+        test=tokens(data.test, np.arange(len(data.test))),
+        of_device=lru_cache(DEVICES_KEPT)(lambda device: tokens(data.train, data.owned[device])),
         resident=resident,
         population=population,
         pad_id=tokenizer.pad_token_id or 0,
@@ -155,13 +168,12 @@ def train(request: TrainRequest) -> TrainReply:
 
 def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
     """Download what the request holds; the reply of a device whose memory is too small for it."""
-    rows = bench.data.rows[request.device]
     meter = VirtualMeter(device_state(bench.population, bench.config.seed, request.device, request.round))
     needed = bench.workload.memory_bytes(request.structure, request.action.lora_rank)
     download = nbytes(request.arrays) + request.structure.nbytes + scores_nbytes(request.scores)
     report = Report(
         TRAINED,
-        examples=len(rows),
+        examples=len(bench.data.owned[request.device]),
         download_bytes=download,
         download_seconds=meter.download_seconds(download),
         peak_memory_bytes=int(needed),
@@ -170,7 +182,7 @@ def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
         message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
         failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
         return TrainReply(request.device, failed, request.structure, {}, None)
-    return Local(request, bench.data.train.take(rows), meter, report)
+    return Local(request, bench.of_device(request.device), meter, report)
 
 
 def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
@@ -249,8 +261,8 @@ def evaluate_device(request: EvaluateRequest) -> EvaluateReply:
     bench = workbench(request.settings)
     configure_threads(bench.config.threads)
     bench.resident.mount(request.structure, request.arrays, merge=True)
-    accuracy, loss, _ = evaluate(bench.resident, evaluation_batches(bench.data.test, EVALUATION_BATCH, bench.pad_id))
-    return EvaluateReply(request.device, len(bench.data.test), accuracy, loss)
+    accuracy, loss, _ = evaluate(bench.resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id))
+    return EvaluateReply(request.device, len(bench.test), accuracy, loss)
 
 
 def scores_nbytes(scores: Scores | None) -> int:

@@ -245,7 +245,7 @@ class _Run:
         bench.resident.mount(full, narrow(arrays | bench.resident.head_arrays(), full, config.fixed_rank, bench.shape))
         optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
         rng = generator(config.seed, 0, 0, Purpose.BATCHES)
-        batches = list(training_batches(bench.data.train, config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
+        batches = list(training_batches(bench.of_device(0), config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
         tune(bench.resident, optimizer, batches[:1], _nothing, _nothing, Stopwatch())
         began = time.perf_counter()
         tune(bench.resident, optimizer, batches[1:], _nothing, _nothing, Stopwatch())
@@ -273,7 +273,7 @@ class _Run:
         curves.add(record)
         history.append(record)
         self.peak.look()
-        labels = np.bincount(self.bench.data.test.labels)
+        labels = np.bincount(self.bench.test.labels)
         warning = collapse_warning(history, float(labels.max() / labels.sum()))
         if warning and record.accuracy is not None:
             self.observer.warning(warning)
@@ -281,9 +281,7 @@ class _Run:
     def _evaluate(self, structure: Structure, arrays: Arrays) -> Evaluation:
         bench = self.bench
         bench.resident.mount(structure, narrow(arrays, structure, self.config.max_rank, bench.shape), merge=True)
-        return Evaluation(
-            *evaluate(bench.resident, evaluation_batches(bench.data.test, EVALUATION_BATCH, bench.pad_id))
-        )
+        return Evaluation(*evaluate(bench.resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id)))
 
     def _true_seconds(self, round: int, device: int, ratio: float, rank: int) -> float:
         """What the simulator knows and no policy but the clairvoyant one may."""

@@ -49,16 +49,17 @@ class Batch:
     labels: NDArray[np.int64]
 
 
-def encode(tokenizer: Any, frame: Any, max_length: int) -> Encoded:
-    """Tokenize the columns `text` and, if present, `text_pair` of a frame with a `label` column."""
-    pairs = frame["text_pair"].tolist() if "text_pair" in frame else None
-    out = tokenizer(frame["text"].tolist(), pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+def encode(
+    tokenizer: Any, texts: list[str], pairs: list[str] | None, labels: NDArray[np.int64], max_length: int
+) -> Encoded:
+    """Tokenize texts, or pairs of texts."""
+    out = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in out["input_ids"]])]).astype(np.int64)
     types = None
     if "token_type_ids" in out:
         types = np.concatenate([np.asarray(row, dtype=np.int64) for row in out["token_type_ids"]])
     ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in out["input_ids"]])
-    return Encoded(ids, offsets, types, frame["label"].to_numpy(dtype=np.int64))
+    return Encoded(ids, offsets, types, labels)
 
 
 def training_batches(

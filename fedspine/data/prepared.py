@@ -1,7 +1,8 @@
-"""The data as devices use it: token ids, labels, and who has which rows. Made once per run.
+"""The data as devices use it: texts, labels, and who has which rows. Made once per run.
 
 The processes of one machine share it: the server writes it to a temporary folder, and its workers map those files into
-memory instead of reading, dealing out and tokenizing the data again. Elsewhere it is made anew, with the same result.
+memory instead of reading and dealing out the data again. Elsewhere it is made anew, with the same result. A device's
+rows are tokenized when they are first wanted: most devices of a large federation never are.
 """
 
 from __future__ import annotations
@@ -10,34 +11,61 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
-from fedspine.data.encode import Encoded, encode
 
 FOLDER_VARIABLE = "FEDSPINE_PREPARED"
 """Names the folder with prepared data, for processes that are started from here."""
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Strings as UTF-8 in one array: string i is `data[offsets[i]:offsets[i + 1]]`."""
+
+    data: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, strings: Sequence[str]) -> Texts:
+        parts = [string.encode() for string in strings]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(parts), dtype=np.uint8), offsets)
+
+    def take(self, rows: NDArray[np.int64]) -> list[str]:
+        return [self.data[self.offsets[row] : self.offsets[row + 1]].tobytes().decode() for row in rows]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Labelled texts, or pairs of them."""
+
+    texts: Texts
+    pairs: Texts | None
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """Training and evaluation set, the rows of the training set by device, and the names of the classes."""
 
-    train: Encoded
-    test: Encoded
-    rows: tuple[NDArray[np.int64], ...]
+    train: Rows
+    test: Rows
+    owned: tuple[NDArray[np.int64], ...]
     classes: tuple[str, ...]
 
 
-def prepare(config: RunConfig, tokenizer: Any) -> PreparedData:
-    """Read, deal out and tokenize.
+def prepare(config: RunConfig) -> PreparedData:
+    """Read and deal out.
 
     Errors: `DataError`, `ConfigError`.
     """
@@ -46,9 +74,15 @@ def prepare(config: RunConfig, tokenizer: Any) -> PreparedData:
     from fedspine.data.task import load_task
 
     task = load_task(config)
-    rows = partition_rows(task, config)
-    train, test = (encode(tokenizer, frame, config.max_length) for frame in (task.train, task.test))
-    return PreparedData(train, test, rows, task.classes)
+    train, test = (
+        Rows(
+            Texts.of(frame["text"].tolist()),
+            Texts.of(frame["text_pair"].tolist()) if "text_pair" in frame else None,
+            frame["label"].to_numpy(dtype=np.int64),
+        )
+        for frame in (task.train, task.test)
+    )
+    return PreparedData(train, test, partition_rows(task, config), task.classes)
 
 
 @contextmanager
@@ -74,17 +108,20 @@ def find(settings: str) -> PreparedData | None:
         return None
     place = _place(folder, settings)
 
-    def read(name: str) -> NDArray[np.int64]:
-        array: NDArray[np.int64] = np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    def read(name: str) -> NDArray[np.generic]:
+        array: NDArray[np.generic] = np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         return array
 
-    def encoded(name: str) -> Encoded:
-        types = read(f"{name}-types") if (place / f"{name}-types.npy").exists() else None
-        return Encoded(read(f"{name}-ids"), read(f"{name}-offsets"), types, read(f"{name}-labels"))
+    def texts(name: str) -> Texts:
+        return Texts(read(name), read(f"{name}-offsets"))  # type: ignore[arg-type]
 
-    rows = tuple(np.split(read("rows"), np.cumsum(read("counts"))[:-1]))
+    def rows(name: str) -> Rows:
+        pairs = texts(f"{name}-pairs") if (place / f"{name}-pairs.npy").exists() else None
+        return Rows(texts(f"{name}-texts"), pairs, read(f"{name}-labels"))  # type: ignore[arg-type]
+
+    owned = tuple(np.split(read("owned"), np.cumsum(read("counts"))[:-1]))
     classes = tuple(json.loads((place / "classes.json").read_text(encoding="utf-8")))
-    return PreparedData(encoded("train"), encoded("test"), rows, classes)
+    return PreparedData(rows("train"), rows("test"), owned, classes)
 
 
 def _place(folder: str, settings: str) -> Path:
@@ -93,12 +130,14 @@ def _place(folder: str, settings: str) -> Path:
 
 def _write(data: PreparedData, place: Path) -> None:
     place.mkdir()
-    for name, part in (("train", data.train), ("test", data.test)):
-        np.save(place / f"{name}-ids.npy", part.ids)
-        np.save(place / f"{name}-offsets.npy", part.offsets)
-        np.save(place / f"{name}-labels.npy", part.labels)
-        if part.types is not None:
-            np.save(place / f"{name}-types.npy", part.types)
-    np.save(place / "rows.npy", np.concatenate(data.rows))
-    np.save(place / "counts.npy", np.array([len(rows) for rows in data.rows]))
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for name, rows in (("train", data.train), ("test", data.test)):
+        arrays[f"{name}-labels"] = rows.labels
+        for part, texts in (("texts", rows.texts), ("pairs", rows.pairs)):
+            if texts is not None:
+                arrays |= {f"{name}-{part}": texts.data, f"{name}-{part}-offsets": texts.offsets}
+    arrays["owned"] = np.concatenate(data.owned)
+    arrays["counts"] = np.array([len(rows) for rows in data.owned])
+    for name, array in arrays.items():
+        np.save(place / f"{name}.npy", array)
     (place / "classes.json").write_text(json.dumps(data.classes), encoding="utf-8")

@@ -66,7 +66,7 @@ FRAME = pd.DataFrame(
 
 
 def test_encode_keeps_rows_apart() -> None:
-    out = encode(Words(types=False), FRAME[["text", "label"]], max_length=8)
+    out = encode(Words(types=False), FRAME["text"].tolist(), None, FRAME["label"].to_numpy(), max_length=8)
     assert as_lists(out) == [[1, 2, 3], [4], [1, 1]]
     assert out.types is None
     assert out.labels.tolist() == [2, 0, 1]
@@ -75,7 +75,7 @@ def test_encode_keeps_rows_apart() -> None:
 
 
 def test_encode_takes_pairs_types_and_the_longest_length() -> None:
-    out = encode(Words(types=True), FRAME, max_length=4)
+    out = encode(Words(types=True), FRAME["text"].tolist(), FRAME["text_pair"].tolist(), FRAME["label"].to_numpy(), 4)
     assert as_lists(out) == [[1, 2, 3, 2], [4, 1, 3], [1, 1, 2, 2]]
     assert out.types is not None
     assert out.types.tolist() == [0, 0, 0, 1, 0, 1, 1, 0, 0, 1, 1]

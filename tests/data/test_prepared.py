@@ -8,38 +8,42 @@ import numpy as np
 import pytest
 
 from fedspine.config import RunConfig
-from fedspine.data import prepared
-from fedspine.data.encode import Encoded
-from fedspine.data.prepared import FOLDER_VARIABLE, PreparedData, find, prepare, shared
-from fedspine.model import load_tokenizer
+from fedspine.data.prepared import FOLDER_VARIABLE, PreparedData, Rows, Texts, find, prepare, shared
 
 
-def small(types: bool = False) -> PreparedData:
-    def encoded(lengths: list[int]) -> Encoded:
-        ids = np.arange(sum(lengths), dtype=np.int64)
-        offsets = np.cumsum([0, *lengths], dtype=np.int64)
-        return Encoded(ids, offsets, ids % 2 if types else None, np.arange(len(lengths)) % 2)
+def small(pairs: bool = False) -> PreparedData:
+    def rows(*texts: str) -> Rows:
+        second = Texts.of([text[::-1] for text in texts]) if pairs else None
+        return Rows(Texts.of(texts), second, np.arange(len(texts)) % 2)
 
-    rows = (np.array([0, 3]), np.array([1]), np.array([2, 4]))
-    return PreparedData(encoded([2, 1, 3, 1, 4]), encoded([3, 2]), rows, ("no", "yes"))
+    owned = (np.array([0, 3]), np.array([1]), np.array([2, 4]))
+    return PreparedData(rows("one", "", "drei \u00e4", "four", "5"), rows("six", "sept"), owned, ("no", "yes"))
 
 
 def assert_same(found: PreparedData, data: PreparedData) -> None:
     assert found.classes == data.classes
-    assert [rows.tolist() for rows in found.rows] == [rows.tolist() for rows in data.rows]
+    assert [rows.tolist() for rows in found.owned] == [rows.tolist() for rows in data.owned]
     for one, other in ((found.train, data.train), (found.test, data.test)):
-        assert (one.types is None) == (other.types is None)
-        for name in ("ids", "offsets", "labels", "types"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        everything = np.arange(len(other))
+        assert one.texts.take(everything) == other.texts.take(everything)
+        assert (one.pairs is None) == (other.pairs is None)
+        if one.pairs is not None and other.pairs is not None:
+            assert one.pairs.take(everything) == other.pairs.take(everything)
+        np.testing.assert_array_equal(one.labels, other.labels)
 
 
-@pytest.mark.parametrize("types", [False, True])
-def test_shared_data_is_found_as_it_was(types: bool) -> None:
-    with shared(small(types), "settings"):
+def test_texts_come_back_as_they_were() -> None:
+    strings = ["plain", "", "\u00e4\u00f6\u00fc \U0001f600", "two\nlines"]
+    assert Texts.of(strings).take(np.array([3, 0, 2, 1])) == [strings[3], strings[0], strings[2], strings[1]]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_shared_data_is_found_as_it_was(pairs: bool) -> None:
+    with shared(small(pairs), "settings"):
         found = find("settings")
         assert found is not None
-        assert_same(found, small(types))
-        assert isinstance(found.train.ids, np.memmap)
+        assert_same(found, small(pairs))
+        assert isinstance(found.train.texts.data, np.memmap)
         folder = os.environ[FOLDER_VARIABLE]
     assert not os.path.exists(folder)
     assert FOLDER_VARIABLE not in os.environ
@@ -62,9 +66,8 @@ def test_a_workbench_takes_prepared_data(monkeypatch: pytest.MonkeyPatch) -> Non
 
     config = RunConfig.from_values({"devices": 4, "sampled": 2})
     settings = config.to_json()
-    data = prepare(config, load_tokenizer(config))
+    data = prepare(config)
     with shared(data, settings):
-        monkeypatch.setattr(prepared, "prepare", pytest.fail)
         monkeypatch.setattr("fedspine.client_round.prepare", pytest.fail)
         workbench.cache_clear()
         assert_same(workbench(settings).data, data)
