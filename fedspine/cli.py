@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   fedspine simulate -s data=reviews/ -s partition=dirichlet --out runs/reviews
   fedspine simulate experiments/first_federation/sst2.toml -s seed=1
   fedspine simulate --resume runs/reviews              continue after a stop or a kill
+  fedspine simulate --address 10.0.0.1:6379            on a Ray cluster: several machines or GPUs
 """
 _SCHEDULE_EXAMPLES = """examples:
   fedspine schedule -s rounds=200 -s policy=random     another policy on the same devices
@@ -70,7 +71,16 @@ def _parser() -> argparse.ArgumentParser:
         "round as one batch; auto (default): grouped on a GPU and in bfloat16, ray with several workers, else inline",
     )
     simulate.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of the ray engine (default: cores)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes of the ray engine (default: cores; with --address at most N)",
+    )
+    simulate.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="a Ray cluster that runs already, with this machine in it; model and data must lie at the same absolute "
+        "path on each of its machines (default: a Ray of this run alone)",
     )
     simulate.add_argument("--profile", action="store_true", help="show at the end where the wall time went")
     schedule = commands.add_parser(
@@ -119,8 +129,11 @@ def _schedule(options: argparse.Namespace) -> int:
 def _simulate(options: argparse.Namespace) -> int:
     if options.resume and (options.config or options.set or options.out):
         raise ConfigError("--resume continues a run as it was configured: leave out CONFIG.toml, -s and --out")
-    if options.workers < 1:
-        raise ConfigError(f"--workers {options.workers}: must be at least 1")
+    workers = options.workers
+    if workers is None and options.address is None:
+        workers = len(os.sched_getaffinity(0))
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: must be at least 1")
     config = None
     if not options.resume:
         config = load_config(options.config, dict(parse_override(text) for text in options.set))
@@ -135,7 +148,8 @@ def _simulate(options: argparse.Namespace) -> int:
             out=options.out,
             resume=options.resume,
             engine=options.engine,
-            workers=options.workers,
+            workers=workers,
+            address=options.address,
             observer=observer,
         )
     except KeyboardInterrupt:

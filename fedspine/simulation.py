@@ -7,6 +7,7 @@ Run directory: `config.toml` (complete), `rounds.jsonl`, `checkpoint/`, `summary
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,6 +34,7 @@ from fedspine.federation import (
     run_rounds,
 )
 from fedspine.final import evaluate_devices, prune_everyone
+from fedspine.flower.cluster import find_cluster
 from fedspine.flower.engines import check_engine, run_federation
 from fedspine.group_round import check_groupable, groupable
 from fedspine.lora.adapters import narrow, start_adapters
@@ -69,7 +71,8 @@ def simulate(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     engine: str = "inline",
-    workers: int = 1,
+    workers: int | None = None,
+    address: str | None = None,
     observer: Observer | None = None,
     **keys: Any,
 ) -> RunResult:
@@ -79,12 +82,16 @@ def simulate(
     `out`: a new directory for the run; by default one under `runs/`. `resume`: a directory to continue instead.
     `engine`: `inline` (this process), `ray` (Flower's simulation runtime with `workers` processes), `grouped` (the
     devices of a round as one batch) or `auto` (`fastest_engine`). Inline and ray give the same bits with any number of
-    workers, grouped the same result up to rounding.
+    workers, grouped the same result up to rounding. `workers` is 1 by default.
+    `address`: HOST:PORT of a Ray cluster that runs already and has this machine in it; its machines are the workers,
+    one per CPU or at most `workers`. Model and data must lie on every machine, at the same absolute path.
 
     Errors: subclasses of `FedSpineError`, before anything is written.
     """
     began = time.perf_counter()
-    check_engine("inline" if engine == "auto" else engine, workers)
+    if engine == "auto" and address is not None:
+        engine = "ray"
+    check_engine("inline" if engine == "auto" else engine, workers, address)
     if resume is not None:
         if config is not None or out is not None or keys:
             raise ConfigError("resume continues a run as it was configured: leave out config, out and keys")
@@ -93,8 +100,13 @@ def simulate(
     else:
         config = configured(config, keys)
         directory = free_directory(out, config.method)
-    engine = fastest_engine(config, workers) if engine == "auto" else engine
-    workers = workers if engine == "ray" else 1
+    cluster = None
+    if address is not None:
+        _check_paths(config)
+        cluster = find_cluster(address, workers, config.torch_device == "cuda")
+        workers = cluster.division.workers
+    engine = fastest_engine(config, workers or 1) if engine == "auto" else engine
+    workers = (workers or 1) if engine == "ray" else 1
     observer = observer or Silent()
     workbench.cache_clear()  # files may have changed since the last run of this process
     run = _Run(config, workbench(config.to_json()), directory, observer, engine, workers, PeakMemory())
@@ -110,6 +122,7 @@ def simulate(
             engine=engine,
             workers=workers,
             threads=config.threads,
+            cluster=cluster,
         )
     observer.finished(outcome.summary, directory)
     return outcome
@@ -301,6 +314,17 @@ def _resumed_config(directory: Path) -> RunConfig:
     if not (directory / "config.toml").is_file():
         raise CheckpointError(f"--resume {directory}: it holds no config.toml, so it is no run directory")
     return load_config(directory / "config.toml", {})
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Errors: `ConfigError` for a relative path: the workers on a cluster start in another folder."""
+    for key in ("model", "data", "population"):
+        value = getattr(config, key)
+        if value != getattr(RunConfig, key) and os.path.exists(value) and not os.path.isabs(value):
+            raise ConfigError(
+                f"{key} = {value!r}: with address this must be an absolute path, and exist on every machine; "
+                f"here it is {os.path.abspath(value)!r}"
+            )
 
 
 def _nothing(*_: object) -> None:

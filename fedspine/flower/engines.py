@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedspine.errors import ConfigError
 from fedspine.flower.client_app import make_client_app
+from fedspine.flower.cluster import Cluster, check_address
 from fedspine.flower.exchange import GridExchange
 from fedspine.flower.inline import RUN_ID, InlineGrid
 
@@ -35,11 +36,13 @@ def run_federation(
     engine: str = "inline",
     workers: int = 1,
     threads: int = 1,
+    cluster: Cluster | None = None,
     client_app: ClientApp | None = None,
 ) -> T:
     """Run `run` as the server of a simulated federation and return its result.
 
-    `workers`: processes of the ray engine, one device each at a time; `threads`: torch threads of each.
+    `workers`: processes of the ray engine, one device each at a time; `threads`: torch threads of each; `cluster`: a
+    Ray cluster (`find_cluster`) that has the workers, as many as it was divided for.
     `client_app`: by default the app around `fedspine.client_round`. What `run` raises comes out as it is, and so does
     an interruption from the keyboard.
 
@@ -56,15 +59,22 @@ def run_federation(
     # Ray takes seconds to import, and only this engine needs it.
     from fedspine.flower.ray_engine import run_with_ray
 
-    return run_with_ray(run, app, devices, workers, threads)
+    return run_with_ray(run, app, devices, workers, threads, cluster)
 
 
-def check_engine(engine: str, workers: int) -> None:
-    """Errors: `ConfigError` for an unknown engine or number of workers."""
+def check_engine(engine: str, workers: int | None, address: str | None = None) -> None:
+    """Errors: `ConfigError` for an unknown engine or number of workers, or an address that is none or of no use."""
     if engine not in ENGINES:
         raise ConfigError(f"engine = {engine!r}: must be one of {', '.join(ENGINES)}")
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise ConfigError(f"workers = {workers}: must be at least 1")
+    if address is not None:
+        check_address(address)
+        if engine != "ray":
+            raise ConfigError(
+                f"address = {address!r}: engine = {engine!r} has no use for a Ray cluster; leave address out, or take "
+                "engine = 'ray'"
+            )
 
 
 def default_client_app() -> ClientApp:

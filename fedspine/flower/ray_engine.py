@@ -1,5 +1,7 @@
 """Flower's simulation runtime with Ray, quiet, in a temporary folder, and stopped at the end whatever happens.
 
+Or on a cluster that runs already: then the run leaves it at the end, and it stays up.
+
 `run_simulation` runs the `ServerApp` in a thread of its own. Here the runtime gets the extra thread, its `ServerApp`
 only hands the grid over, and `run` stays in the thread of the caller. So exceptions and Ctrl-C reach the caller
 unchanged, and a notebook's event loop does no harm.
@@ -11,6 +13,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +34,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedspine.errors import FederationError
+from fedspine.flower.cluster import Cluster, Division, divide
 from fedspine.flower.exchange import GridExchange
 
 if TYPE_CHECKING:
@@ -45,8 +49,15 @@ LONGEST_TEMPORARY_PATH = 30
 """Ray's sockets add about 70 characters, and the path of a socket may have 107."""
 
 
-def run_with_ray(run: Callable[[Exchange], T], app: ClientApp, devices: int, workers: int, threads: int) -> T:
-    """Run `run` against `devices` virtual nodes in `workers` processes.
+def run_with_ray(
+    run: Callable[[Exchange], T],
+    app: ClientApp,
+    devices: int,
+    workers: int,
+    threads: int,
+    cluster: Cluster | None = None,
+) -> T:
+    """Run `run` against `devices` virtual nodes in `workers` processes, or in those of a cluster, which stays up.
 
     Errors: `FederationError` when Ray is in use already, does not start, or stops in between.
     """
@@ -54,10 +65,16 @@ def run_with_ray(run: Callable[[Exchange], T], app: ClientApp, devices: int, wor
         raise FederationError("engine = 'ray': Ray runs in this process already; call ray.shutdown() first")
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        directory = stack.enter_context(_short_temporary_directory())
-        stack.enter_context(_environment(threads))
+        stack.enter_context(_environment())
         stack.enter_context(_terminable())
-        runtime = _Runtime(app, devices, _backend_config(workers, directory))
+        if cluster is None:
+            gpus = torch.cuda.device_count()
+            division = divide([(workers, gpus)], workers)
+            init = _local(workers, gpus, stack.enter_context(_short_temporary_directory()))
+        else:
+            division = cluster.division
+            init = {"address": cluster.address}
+        runtime = _Runtime(app, devices, init, division, threads)
         stack.callback(runtime.stop)
         grid = runtime.start()
         return run(GridExchange(grid, devices, poll_seconds=POLL_SECONDS, check_alive=runtime.check_alive))
@@ -66,10 +83,12 @@ def run_with_ray(run: Callable[[Exchange], T], app: ClientApp, devices: int, wor
 class _Runtime:
     """The thread that runs Flower's simulation until `stop`."""
 
-    def __init__(self, app: ClientApp, devices: int, backend_config: dict[str, Any]) -> None:
+    def __init__(self, app: ClientApp, devices: int, init: dict[str, Any], division: Division, threads: int) -> None:
         self._app = app
         self._devices = devices
-        self._backend_config = backend_config
+        self._init = init
+        self._division = division
+        self._threads = threads
         self._grids: Queue[Grid] = Queue()
         self._finished = threading.Event()
         self._crash: BaseException | None = None
@@ -105,27 +124,47 @@ class _Runtime:
             self._grids.put(grid)
             self._finished.wait()
 
+        # These are the options of an actor: a worker that dies is started again. Until it is up, its messages fail.
+        resources: dict[str, Any] = {
+            "num_cpus": self._division.cpus,
+            "num_gpus": self._division.gpus,
+            "max_restarts": -1,
+        }
         try:
-            run_simulation(server_app, self._app, self._devices, backend_config=self._backend_config)
+            # Flower takes Ray as it finds it, and its own call could not set the workers' environment.
+            ray.init(
+                **self._init,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": _workers_environment(self._threads)},
+            )
+            run_simulation(server_app, self._app, self._devices, backend_config={"client_resources": resources})
         except BaseException as error:  # of another thread: `check_alive` raises it where it can be seen
             self._crash = error
             self._finished.set()
+        finally:
+            ray.shutdown()
 
 
-def _backend_config(workers: int, directory: str) -> dict[str, Any]:
+def _local(workers: int, gpus: int, directory: str) -> dict[str, Any]:
+    """A Ray of this run alone."""
     return {
-        "init_args": {
-            "address": "local",
-            "num_cpus": workers,
-            "num_gpus": torch.cuda.device_count(),
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "logging_level": "ERROR",
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": directory,
-        },
-        # These are the options of an actor: a worker that dies is started again. Until it is up, its messages fail.
-        "client_resources": {"num_cpus": 1, "num_gpus": torch.cuda.device_count() / workers, "max_restarts": -1},
+        "address": "local",
+        "num_cpus": workers,
+        "num_gpus": gpus,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_temp_dir": directory,
+    }
+
+
+def _workers_environment(threads: int) -> dict[str, str]:
+    """Passed with the run: workers on other machines inherit nothing from this process."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
 
 
@@ -150,15 +189,10 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(threads: int) -> Iterator[None]:
-    """Variables that Ray's processes inherit; afterwards the environment is as before."""
+def _environment() -> Iterator[None]:
+    """What Ray's own processes inherit; afterwards the environment is as before."""
     before = dict(os.environ)
-    os.environ.update(
-        OMP_NUM_THREADS=str(threads),
-        MKL_NUM_THREADS=str(threads),
-        TOKENIZERS_PARALLELISM="false",
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-    )
+    os.environ.update(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
     try:
         yield
     finally:
