@@ -84,7 +84,8 @@ def workbench(settings: str) -> Workbench:
     population = load_population(config.population, config.devices)
     tokenizer = load_tokenizer(config)
     data = find(settings) or prepare(config, tokenizer)
-    model, family = load_model(config, len(data.classes))
+    pad_id = tokenizer.pad_token_id or 0
+    model, family = load_model(config, len(data.classes), pad_id)
     resident = ResidentModel(
         model,
         family,
@@ -99,7 +100,7 @@ def workbench(settings: str) -> Workbench:
         data=data,
         resident=resident,
         population=population,
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=pad_id,
     )
 
 

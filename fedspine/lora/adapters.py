@@ -26,17 +26,16 @@ def start_adapters(shape: ModelShape, rank: int, rng: np.random.Generator) -> di
     return arrays
 
 
-def kept_features(module: ModuleShape, structure: Structure, shape: ModelShape) -> NDArray[np.int64]:
+def kept_features(module: ModuleShape, structure: Structure) -> NDArray[np.int64]:
     """Indices of the rows (or columns) of a module that a structure keeps."""
-    mask = np.repeat(structure.mask(module.layer, module.unit), shape.unit_size(module))
-    return np.flatnonzero(mask)
+    return np.flatnonzero(module.features(structure.mask(module.layer, module.unit)))
 
 
 def narrow(arrays: Arrays, structure: Structure, rank: int, shape: ModelShape) -> dict[str, Array]:
     """Full coordinates to one device's structure and its first `rank` components."""
     result = {name: array for name, array in arrays.items() if name.startswith(HEAD)}
     for module in shape.modules:
-        kept = kept_features(module, structure, shape)
+        kept = kept_features(module, structure)
         a, b = arrays[f"{module.name}.A"][:rank], arrays[f"{module.name}.B"][:, :rank]
         if module.axis == "rows":
             b = b[kept]
@@ -51,7 +50,7 @@ def widen(arrays: Arrays, structure: Structure, shape: ModelShape) -> dict[str, 
     """One device's adapters to full coordinates at their own rank; what is cut is zero."""
     result = {name: array for name, array in arrays.items() if name.startswith(HEAD)}
     for module in shape.modules:
-        kept = kept_features(module, structure, shape)
+        kept = kept_features(module, structure)
         a, b = arrays[f"{module.name}.A"], arrays[f"{module.name}.B"]
         rank = len(a)
         if module.axis == "rows":
