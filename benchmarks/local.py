@@ -102,10 +102,10 @@ def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, ra
     """Of forward, backward, clipping and AdamW on the device's batches of that round."""
     config = bench.config
     names = [module.name for module in bench.shape.modules]
-    head = family_of(bench.shape.family).head
+    head = list(family_of(bench.shape.family).head)
     adapted: Any = get_peft_model(
         model,  # type: ignore[arg-type]
-        LoraConfig(r=rank, lora_alpha=rank * config.lora_scale, target_modules=names, modules_to_save=[head]),
+        LoraConfig(r=rank, lora_alpha=rank * config.lora_scale, target_modules=names, modules_to_save=head),
     )
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)

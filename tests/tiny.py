@@ -39,7 +39,12 @@ TINY: dict[str, dict[str, object]] = {
     "gemma": {**_GROUPED, "head_dim": 4, "tie_word_embeddings": True},
     "gemma2": {**_GROUPED, **_SLIDING, "head_dim": 6, "query_pre_attn_scalar": 6},
     "gemma3_text": {**_GROUPED, **_SLIDING, "head_dim": 4, "query_pre_attn_scalar": 4},
-    "phi3": {**_GROUPED, "head_dim": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "eos_token_id": 2},
+    "phi3": {
+        **_GROUPED,
+        "head_dim": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "eos_token_id": 2,
+    },
     "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}},
 }
 """What a family's tiny model has besides `_SIZES`: 4 heads (KV groups) and 32 channels a layer in all of them."""

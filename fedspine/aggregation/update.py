@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.lora.adapters import HEAD, kept_features
-from fedspine.structure import ModelShape, ModuleShape, Structure
+from fedspine.structure import ModuleShape, Structure
 from fedspine.types import Array, Arrays
 
 

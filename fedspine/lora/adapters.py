@@ -1,8 +1,9 @@
 """Adapters as plain arrays: how they start, and how they move between ranks and structures.
 
-Names: `<module>.A` [rank, d_in], `<module>.B` [d_out, rank], `head.<parameter>`. Full coordinates mean the uncut base
-model's rows and columns at the server's rank; narrow means one device's rank and kept structures. The scale alpha/rank
-is the same at every rank, so it never has to be folded in.
+Names: `<module>.A` [rank, d_in], `<module>.B` [d_out, rank], `head.<parameter>` (`head.<module>.<parameter>` where a
+head is several modules). Full coordinates mean the uncut base model's rows and columns at the server's rank; narrow
+means one device's rank and kept structures. The scale alpha/rank is the same at every rank, so it never has to be
+folded in.
 """
 
 from __future__ import annotations

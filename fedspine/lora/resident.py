@@ -44,11 +44,17 @@ class ResidentModel:
         self.shape: ModelShape = describe(model, family, targets)
         self.scale = scale
         self.device = torch.device(device)
-        head = model.get_submodule(family_of(family).head)
-        self._start = {HEAD + name: value.detach().numpy().copy() for name, value in head.state_dict().items()}
+        paths = family_of(family).head
+        heads = {HEAD if len(paths) == 1 else f"{HEAD}{path}.": model.get_submodule(path) for path in paths}
+        self._start = {
+            prefix + name: value.detach().numpy().copy()
+            for prefix, head in heads.items()
+            for name, value in head.state_dict().items()
+        }
         _to(model, dtype, self.device)
-        self._head = _Head(head.float())
-        model.set_submodule(family_of(family).head, self._head)
+        self._heads = {prefix: _Head(head.float()) for prefix, head in heads.items()}
+        for path, part in zip(paths, self._heads.values(), strict=True):
+            model.set_submodule(path, part)
         self.projections: list[ModuleShape] = projections(model, family)
         self._head_counters = head_counters(model, family)
         self._base = {
@@ -89,15 +95,16 @@ class ResidentModel:
             a, b = (self._tensor(arrays[f"{name}.{side}"]) for side in "AB")
             unused -= {f"{name}.A", f"{name}.B"}
             self._set_adapter(name, a, b, merge)
-        self._head.stacked = {}
-        for name, parameter in self._head.module.named_parameters():
-            value = self._tensor(arrays[HEAD + name])
-            unused.discard(HEAD + name)
-            if value.ndim > parameter.ndim:
-                parameter = self._head.stacked[name] = nn.Parameter(value)
-            parameter.data, parameter.grad = value, None
-            parameter.requires_grad_(not merge)
-            self.parameters[HEAD + name] = parameter
+        for prefix, head in self._heads.items():
+            head.stacked = {}
+            for name, parameter in head.module.named_parameters():
+                value = self._tensor(arrays[prefix + name])
+                unused.discard(prefix + name)
+                if value.ndim > parameter.ndim:
+                    parameter = head.stacked[name] = nn.Parameter(value)
+                parameter.data, parameter.grad = value, None
+                parameter.requires_grad_(not merge)
+                self.parameters[prefix + name] = parameter
         if unused:
             raise KeyError(f"adapter arrays that the model has no place for: {sorted(unused)}")
         self.structure = structure
@@ -169,7 +176,7 @@ class ResidentModel:
 
 
 class _Head(nn.Module):
-    """The task head in float32: of one device, or stacked weights of several that share a batch."""
+    """A module of the task head in float32: of one device, or stacked weights of several that share a batch."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

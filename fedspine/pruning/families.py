@@ -46,8 +46,8 @@ class Family:
     """The list of transformer layers, from the top of the model."""
     roles: Mapping[str, str]
     """Role (of `ROLES`) to the linear layer's path inside a transformer layer."""
-    head: str
-    """The task head that is trained next to the adapters, from the top of the model."""
+    head: tuple[str, ...]
+    """The modules of the task head, which are trained next to the adapters, from the top of the model."""
     first_token: tuple[str, str] | None = None
     """Where the head reads the first token only: the attention, and the module that adds its output to its input."""
     head_by_head: bool = False
@@ -97,19 +97,19 @@ _NEOX_ROLES = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family("bert.encoder.layer", _BERT_ROLES, "classifier", _BERT_FIRST_TOKEN),
-    "roberta": Family("roberta.encoder.layer", _BERT_ROLES, "classifier", _BERT_FIRST_TOKEN),
-    "xlm-roberta": Family("roberta.encoder.layer", _BERT_ROLES, "classifier", _BERT_FIRST_TOKEN),
-    "distilbert": Family("distilbert.transformer.layer", _DISTILBERT_ROLES, "classifier"),
-    "llama": Family("model.layers", _LLAMA_ROLES, "score"),
-    "qwen2": Family("model.layers", _LLAMA_ROLES, "score"),
-    "qwen3": Family("model.layers", _LLAMA_ROLES, "score"),
-    "mistral": Family("model.layers", _LLAMA_ROLES, "score"),
-    "gemma": Family("model.layers", _LLAMA_ROLES, "score"),
-    "gemma2": Family("model.layers", _LLAMA_ROLES, "score"),
-    "gemma3_text": Family("model.layers", _LLAMA_ROLES, "score"),
-    "phi3": Family("model.layers", _PHI3_ROLES, "score", head_counts=_PHI3_HEAD_COUNTS),
-    "gpt_neox": Family("gpt_neox.layers", _NEOX_ROLES, "score", head_by_head=True),
+    "bert": Family("bert.encoder.layer", _BERT_ROLES, ("classifier",), _BERT_FIRST_TOKEN),
+    "roberta": Family("roberta.encoder.layer", _BERT_ROLES, ("classifier",), _BERT_FIRST_TOKEN),
+    "xlm-roberta": Family("roberta.encoder.layer", _BERT_ROLES, ("classifier",), _BERT_FIRST_TOKEN),
+    "distilbert": Family("distilbert.transformer.layer", _DISTILBERT_ROLES, ("pre_classifier", "classifier")),
+    "llama": Family("model.layers", _LLAMA_ROLES, ("score",)),
+    "qwen2": Family("model.layers", _LLAMA_ROLES, ("score",)),
+    "qwen3": Family("model.layers", _LLAMA_ROLES, ("score",)),
+    "mistral": Family("model.layers", _LLAMA_ROLES, ("score",)),
+    "gemma": Family("model.layers", _LLAMA_ROLES, ("score",)),
+    "gemma2": Family("model.layers", _LLAMA_ROLES, ("score",)),
+    "gemma3_text": Family("model.layers", _LLAMA_ROLES, ("score",)),
+    "phi3": Family("model.layers", _PHI3_ROLES, ("score",), head_counts=_PHI3_HEAD_COUNTS),
+    "gpt_neox": Family("gpt_neox.layers", _NEOX_ROLES, ("score",), head_by_head=True),
 }
 """By `model_type` of the transformers configuration."""
 
@@ -147,9 +147,7 @@ def projections(model: nn.Module, model_type: str) -> list[ModuleShape]:
             segments = _segments(role, features, heads, queries, family.head_by_head)
             if (heads if unit == "heads" else features // sum(segments)) * sum(segments) != features:
                 raise ModelError(f"'{name}' has {features} {axis}, which {heads} heads do not share evenly")
-            result.append(
-                ModuleShape(name, index, role, linear.out_features, linear.in_features, unit, axis, segments)
-            )
+            result.append(ModuleShape(name, index, role, linear.out_features, linear.in_features, unit, axis, segments))
     return result
 
 
@@ -186,7 +184,7 @@ def describe(model: nn.Module, model_type: str, targets: tuple[str, ...]) -> Mod
         channel_parameters=channel_weights + channel_biases,
         channel_weights=channel_weights,
         total_parameters=sum(p.numel() for p in model.parameters()),
-        head_bytes=4 * sum(p.numel() for p in model.get_submodule(family.head).parameters()),
+        head_bytes=4 * sum(p.numel() for path in family.head for p in model.get_submodule(path).parameters()),
         modules=tuple(module for module in modules if module.role in adapted.values()),
     )
 

@@ -170,7 +170,7 @@ def per_unit(values: torch.Tensor, module: ModuleShape) -> torch.Tensor:
     """Sums of [d_out, d_in] values of a projection, one for every head or channel that is left in it."""
     features = values.sum(1 if module.axis == "rows" else 0)
     units = len(features) // module.unit_size
-    segments = features.split([units * size for size in module.segments])
+    segments = torch.split(features, [units * size for size in module.segments])
     return torch.stack([segment.view(units, -1).sum(1) for segment in segments]).sum(0)
 
 

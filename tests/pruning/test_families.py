@@ -79,7 +79,9 @@ def belonging(model: nn.Module, module: ModuleShape) -> Iterator[dict[str, torch
         gradients = torch.autograd.grad(
             (seen[0] * weights)[..., part].sum(), parameters, retain_graph=True, materialize_grads=True
         )
-        touched.append([(gradient != 0).flatten(1).any(1) if gradient.ndim > 1 else gradient != 0 for gradient in gradients])
+        touched.append(
+            [(gradient != 0).flatten(1).any(1) if gradient.ndim > 1 else gradient != 0 for gradient in gradients]
+        )
     for unit in range(units):
         yield {
             name: touched[unit][index] & (sum(each[index].int() for each in touched) == 1)
@@ -173,7 +175,9 @@ def test_targets_of_fused_projections() -> None:
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"'gpt2' is not supported; supported: bert, roberta, .*, gpt_neox. To add one"):
+    with pytest.raises(
+        ModelError, match=r"'gpt2' is not supported; supported: bert, roberta, .*, gpt_neox. To add one"
+    ):
         family_of("gpt2")
     for family in ("bert", "gpt_neox"):
         with pytest.raises(ModelError, match="lora_targets has 'gate'"):
@@ -183,5 +187,5 @@ def test_an_unknown_family_names_the_known_ones() -> None:
 def test_layers_must_be_equal() -> None:
     model = tiny_model("llama")
     model.set_submodule("model.layers.1.mlp.up_proj", nn.Linear(24, 30))
-    with pytest.raises(ModelError, match="layers.1.mlp.up_proj' has another size than in layer 0"):
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj' has another size than in layer 0"):
         describe(model, "llama", TARGETS)
