@@ -30,13 +30,14 @@ from torch import nn
 from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig, load_config, parse_override
 from fedspine.data.encode import training_batches
+from fedspine.lora.adapters import kept_features
 from fedspine.model import load_model
-from fedspine.pruning.families import family_of, linear_layers, unit_of
+from fedspine.pruning.families import family_of, head_counters, projections
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
 from fedspine.report.observer import Silent
 from fedspine.simulation import simulate
-from fedspine.structure import ModelShape, Structure
+from fedspine.structure import Structure
 from fedspine.training import tensors
 from fedspine.types import RoundRecord
 
@@ -62,7 +63,7 @@ class BareLoop(Silent):
     def round_done(self, record: RoundRecord) -> None:
         total = 0.0
         for pull in record.pulls:
-            model = cut_model(self._model, self._family, self._structure(pull.ratio_after), self._bench.shape)
+            model = cut_model(self._model, self._family, self._structure(pull.ratio_after))
             total += bare_seconds(model, self._bench, record.round, pull.device, pull.action.lora_rank)
         self.seconds.append(total)
         self.run_seconds.append(record.wall["seconds"])
@@ -80,20 +81,20 @@ class BareLoop(Silent):
         return select(Structure.full(shape), scores, ratio, shape)
 
 
-def cut_model(model: nn.Module, family: str, structure: Structure, shape: ModelShape) -> nn.Module:
+def cut_model(model: nn.Module, family: str, structure: Structure) -> nn.Module:
     """A copy with sliced projections, as anyone would cut it."""
     model = deepcopy(model)
-    for layer, roles in enumerate(linear_layers(model, family_of(family))):
-        for role, name in roles.items():
-            unit, axis = unit_of(role)
-            size = shape.head_dim if unit == "heads" else 1
-            kept = torch.from_numpy(np.flatnonzero(np.repeat(structure.mask(layer, unit), size)))
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            linear.weight = nn.Parameter(linear.weight.detach().index_select(0 if axis == "rows" else 1, kept))
-            if linear.bias is not None and axis == "rows":
-                linear.bias = nn.Parameter(linear.bias.detach().index_select(0, kept))
-            linear.out_features, linear.in_features = linear.weight.shape
+    for module in projections(model, family):
+        kept = torch.from_numpy(kept_features(module, structure))
+        linear = model.get_submodule(module.name)
+        assert isinstance(linear, nn.Linear)
+        linear.weight = nn.Parameter(linear.weight.detach().index_select(0 if module.axis == "rows" else 1, kept))
+        if linear.bias is not None and module.axis == "rows":
+            linear.bias = nn.Parameter(linear.bias.detach().index_select(0, kept))
+        linear.out_features, linear.in_features = linear.weight.shape
+    for (heads, _), counters in zip(structure.counts(), head_counters(model, family), strict=True):
+        for owner, attribute, count in counters:
+            setattr(owner, attribute, count * heads // structure.heads)
     return model
 
 
@@ -101,10 +102,10 @@ def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, ra
     """Of forward, backward, clipping and AdamW on the device's batches of that round."""
     config = bench.config
     names = [module.name for module in bench.shape.modules]
-    head = family_of(bench.shape.family).head
+    head = list(family_of(bench.shape.family).head)
     adapted: Any = get_peft_model(
         model,  # type: ignore[arg-type]
-        LoraConfig(r=rank, lora_alpha=rank * config.lora_scale, target_modules=names, modules_to_save=[head]),
+        LoraConfig(r=rank, lora_alpha=rank * config.lora_scale, target_modules=names, modules_to_save=head),
     )
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)

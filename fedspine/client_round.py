@@ -90,7 +90,8 @@ def workbench(settings: str) -> Workbench:
     population = load_population(config.population, config.devices)
     tokenizer = load_tokenizer(config)
     data = find(settings) or prepare(config)
-    model, family = load_model(config, len(data.classes))
+    pad_id = tokenizer.pad_token_id or 0
+    model, family = load_model(config, len(data.classes), pad_id)
     resident = ResidentModel(
         model,
         family,
@@ -112,7 +113,7 @@ def workbench(settings: str) -> Workbench:
         of_device=lru_cache(DEVICES_KEPT)(lambda device: tokens(data.train, data.owned[device])),
         resident=resident,
         population=population,
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=pad_id,
     )
 
 

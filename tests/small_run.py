@@ -8,15 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 from fedspine.report.records import reproducible
+from tests.tiny import tiny_config
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 GOOD = ("good", "fine", "warm", "bright", "fresh")
@@ -43,29 +38,16 @@ MACHINE = ("engine", "workers", "wall_seconds", "startup_seconds", "local_comput
 
 
 def write_model(folder: Path, seed: int = 0, family: str = "bert") -> Path:
-    """A BERT (or RoBERTa) of 2 layers with random weights and a tokenizer of 27 words."""
+    """A BERT (or a model of another family) of 2 layers with random weights and a tokenizer of 27 words."""
     folder.mkdir(parents=True)
     words = (*SPECIAL, *GOOD, *BAD, *OTHER)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    make_config, make_model = {
-        "bert": (BertConfig, BertForSequenceClassification),
-        "roberta": (RobertaConfig, RobertaForSequenceClassification),
-    }[family]
-    settings = make_config(
-        vocab_size=len(words),
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=16,
-        num_labels=2,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
+    sizes = {"intermediate_size": 48, "max_position_embeddings": 16, "num_labels": 2, "pad_token_id": 0}
+    settings = tiny_config(family, vocab_size=len(words), **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        make_model(settings).save_pretrained(folder)
+        AutoModelForSequenceClassification.from_config(settings).save_pretrained(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import DistilBertConfig, GPT2Config
+from transformers import AlbertConfig, GPT2Config
 
 from fedspine.cli import main
 from fedspine.config import METHODS, RunConfig
@@ -209,8 +209,8 @@ def broken_tokenizer(here: Path) -> None:
     (here / "model" / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
-def distilbert(here: Path) -> None:
-    DistilBertConfig(dim=24, n_layers=2, n_heads=4, hidden_dim=48).save_pretrained(here / "model")
+def albert(here: Path) -> None:
+    AlbertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=4).save_pretrained(here / "model")
 
 
 def gpt2(here: Path) -> None:
@@ -234,7 +234,7 @@ def gpt2(here: Path) -> None:
         (misfitting_weights, "model' cannot be loaded: "),
         (without_tokenizer, "model' cannot be loaded: "),
         (broken_tokenizer, "model' cannot be loaded: "),
-        (distilbert, "model family 'distilbert' is not supported; supported: bert, roberta"),
+        (albert, "model family 'albert' is not supported; supported: bert, roberta"),
         (gpt2, "model family 'gpt2' is not supported; supported: bert, roberta"),
     ],
     ids=lambda value: getattr(value, "__name__", "message"),

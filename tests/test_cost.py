@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedspine.cost import Workload
 from fedspine.lora.adapters import narrow, nbytes
+from fedspine.pruning.families import FAMILIES, family_of
 from fedspine.pruning.select import select
 from fedspine.structure import Structure
-from tests.tiny import random_arrays, random_scores, tiny_model, tiny_resident, uneven_structure
+from tests.tiny import ENCODERS, random_arrays, random_scores, tiny_model, tiny_resident, uneven_structure
 
 RESIDENT = tiny_resident()
 SHAPE = RESIDENT.shape
@@ -52,20 +53,26 @@ def test_flops_of_a_cut_model_by_hand() -> None:
     assert WORKLOAD.round_flops(HALF, 0) == WORKLOAD.round_flops(FULL, 0) / 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("structure", [FULL, HALF, uneven_structure(SHAPE)], ids=["full", "half", "uneven"])
-@pytest.mark.parametrize("rank", [1, 4])
-def test_forward_flops_are_those_of_the_real_model(structure: Structure, rank: int) -> None:
-    """PyTorch counts the matrix products of the cut model; pooler and task head are no part of the formula."""
-    resident = tiny_resident(rank=rank)
-    resident.model.set_attn_implementation("eager")
-    resident.mount(structure, narrow(random_arrays(resident, rank), structure, rank, SHAPE))
+def test_forward_flops_are_those_of_the_real_model(
+    monkeypatch: pytest.MonkeyPatch, structure: Structure, family: str
+) -> None:
+    """PyTorch counts the matrix products of the cut model; pooler and task head are no part of the formula.
+
+    Nor is it part of it that a head may read one token only.
+    """
+    monkeypatch.setitem(FAMILIES, family, replace(family_of(family), first_token=None))
+    resident = tiny_resident(family, rank=4, attn_implementation="eager")
+    resident.mount(structure, narrow(random_arrays(resident, 4), structure, 4, resident.shape))
     batch = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
         resident.model(**batch)
-    pooler_and_head = 2 * 2 * (24 * 24 + 24 * 3)
-    counts = structure.counts()
-    base = WORKLOAD.iteration_flops(counts, 0) / 2
-    adapters = (WORKLOAD.iteration_flops(counts, rank) - WORKLOAD.iteration_flops(counts, 0)) / 3
+    pooler_and_head = 2 * 2 * (24 * 24 + 24 * 3) if family in ENCODERS else 2 * 2 * 9 * 24 * 3
+    workload, counts = replace(WORKLOAD, shape=resident.shape), structure.counts()
+    base = workload.iteration_flops(counts, 0) / 2
+    adapters = (workload.iteration_flops(counts, 4) - workload.iteration_flops(counts, 0)) / 3
     assert counter.get_total_flops() == base + adapters + pooler_and_head
 
 
@@ -74,9 +81,9 @@ def test_work_is_proportional_to_iterations_and_texts() -> None:
     assert replace(WORKLOAD, batch_size=4).round_flops(HALF, 4) == 2 * WORKLOAD.round_flops(HALF, 4)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "llama", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "o", "up"), ("q", "v", "o", "up", "down")])
-@pytest.mark.parametrize("rank", [1, 4, 6])
+@pytest.mark.parametrize("rank", [1, 6])
 def test_bytes_are_those_of_the_real_adapters(family: str, targets: tuple[str, ...], rank: int) -> None:
     resident = tiny_resident(family, targets)
     workload = replace(WORKLOAD, shape=resident.shape)
@@ -121,6 +128,15 @@ def test_memory_falls_with_every_cut_and_rises_with_rank() -> None:
     assert all(low < high for low, high in pairwise(by_rank))
     assert replace(WORKLOAD, batch_size=4).memory_bytes(HALF, 4) > WORKLOAD.memory_bytes(HALF, 4)
     assert replace(WORKLOAD, length=18).memory_bytes(HALF, 4) > WORKLOAD.memory_bytes(HALF, 4)
+
+
+def test_memory_counts_the_attention_of_every_query_head() -> None:
+    """Twice the sequence: twice the activations, and twice the attention matrices once more. Groups hold 2 heads."""
+    shape = tiny_resident("llama").shape
+    short, long = (Workload(shape, 3, 2, length).memory_bytes(FULL, 4) for length in (9, 18))
+    tokens = 2 * 9
+    activations = 4 * tokens * (2 * 24 * 17 + 2 * 2 * 8 * (2 * 18 - 9))
+    assert long - short == pytest.approx(activations)
 
 
 def test_memory_by_hand() -> None:

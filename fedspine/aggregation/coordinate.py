@@ -24,11 +24,11 @@ def aggregate(current: Arrays, updates: Sequence[Update], shape: ModelShape) -> 
     for module in shape.modules:
         b_name, a_name = f"{module.name}.B", f"{module.name}.A"
         cut_name, other_name = (b_name, a_name) if module.axis == "rows" else (a_name, b_name)
-        mass = contributor_mass(updates, module, shape)
+        mass = contributor_mass(updates, module)
         cut = np.where((mass > 0)[:, None], 0.0, _side(current[cut_name], module.axis)).astype(np.float32)
         other = np.zeros_like(current[other_name])
         for update in updates:
-            kept = kept_features(module, update.structure, shape)
+            kept = kept_features(module, update.structure)
             part = _side(update.arrays[cut_name], module.axis)
             cut[kept, : part.shape[1]] += (update.weight / mass[kept]).astype(np.float32)[:, None] * part
             whole = update.arrays[other_name]

@@ -89,7 +89,7 @@ def _module_sum(
     """Joined factors (b [d_out, R], a [R, d_in]) of the global product plus the averaged changes."""
     rows = module.axis == "rows"
     b0, a0 = current[f"{module.name}.B"], current[f"{module.name}.A"]
-    kept = [kept_features(module, update.structure, shape) for update in updates]
+    kept = [kept_features(module, update.structure) for update in updates]
     ends = np.cumsum([len(a0), *(len(update.arrays[f"{module.name}.A"]) for update in updates)])
     cut_side = np.zeros((module.d_out if rows else module.d_in, ends[-1]), dtype=np.float32)
     other = np.empty((ends[-1], module.d_in if rows else module.d_out), dtype=np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.lora.adapters import HEAD, kept_features
-from fedspine.structure import ModelShape, ModuleShape, Structure
+from fedspine.structure import ModuleShape, Structure
 from fedspine.types import Array, Arrays
 
 
@@ -34,10 +34,10 @@ def mean_heads(current: Arrays, updates: Sequence[Update]) -> dict[str, Array]:
     }
 
 
-def contributor_mass(updates: Sequence[Update], module: ModuleShape, shape: ModelShape) -> NDArray[np.float64]:
+def contributor_mass(updates: Sequence[Update], module: ModuleShape) -> NDArray[np.float64]:
     """Summed weight of the devices that keep each row (or column) of a module."""
     features = module.d_out if module.axis == "rows" else module.d_in
     mass = np.zeros(features)
     for update in updates:
-        mass[kept_features(module, update.structure, shape)] += update.weight
+        mass[kept_features(module, update.structure)] += update.weight
     return mass

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from fedspine.config import RunConfig
 
@@ -102,34 +104,31 @@ def shared(data: PreparedData, settings: str) -> Iterator[None]:
 
 
 def find(settings: str) -> PreparedData | None:
-    """The data that another process prepared for these settings, mapped into memory and read-only."""
+    """The data that another process prepared for these settings, mapped into memory."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    if folder is None or not _place(folder, settings).is_dir():
+    if folder is None or not _place(folder, settings).is_file():
         return None
-    place = _place(folder, settings)
-
-    def read(name: str) -> NDArray[np.generic]:
-        array: NDArray[np.generic] = np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        return array
-
-    def texts(name: str) -> Texts:
-        return Texts(read(name), read(f"{name}-offsets"))  # type: ignore[arg-type]
+    with safe_open(_place(folder, settings), "pt") as file:  # torch's tensors are maps of the file, numpy's are copies
+        arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+        classes = tuple(json.loads(file.metadata()["classes"]))
 
     def rows(name: str) -> Rows:
-        pairs = texts(f"{name}-pairs") if (place / f"{name}-pairs.npy").exists() else None
-        return Rows(texts(f"{name}-texts"), pairs, read(f"{name}-labels"))  # type: ignore[arg-type]
+        texts, pairs = (
+            Texts(arrays[f"{name}-{part}"], arrays[f"{name}-{part}-offsets"]) if f"{name}-{part}" in arrays else None
+            for part in ("texts", "pairs")
+        )
+        assert texts is not None
+        return Rows(texts, pairs, arrays[f"{name}-labels"])
 
-    owned = tuple(np.split(read("owned"), np.cumsum(read("counts"))[:-1]))
-    classes = tuple(json.loads((place / "classes.json").read_text(encoding="utf-8")))
+    owned = tuple(np.split(arrays["owned"], np.cumsum(arrays["counts"])[:-1]))
     return PreparedData(rows("train"), rows("test"), owned, classes)
 
 
 def _place(folder: str, settings: str) -> Path:
-    return Path(folder) / hashlib.sha256(settings.encode()).hexdigest()
+    return Path(folder) / f"{hashlib.sha256(settings.encode()).hexdigest()}.safetensors"
 
 
 def _write(data: PreparedData, place: Path) -> None:
-    place.mkdir()
     arrays: dict[str, NDArray[np.generic]] = {}
     for name, rows in (("train", data.train), ("test", data.test)):
         arrays[f"{name}-labels"] = rows.labels
@@ -138,6 +137,4 @@ def _write(data: PreparedData, place: Path) -> None:
                 arrays |= {f"{name}-{part}": texts.data, f"{name}-{part}-offsets": texts.offsets}
     arrays["owned"] = np.concatenate(data.owned)
     arrays["counts"] = np.array([len(rows) for rows in data.owned])
-    for name, array in arrays.items():
-        np.save(place / f"{name}.npy", array)
-    (place / "classes.json").write_text(json.dumps(data.classes), encoding="utf-8")
+    save_file(arrays, place, metadata={"classes": json.dumps(data.classes)})

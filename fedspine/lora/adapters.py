@@ -1,8 +1,9 @@
 """Adapters as plain arrays: how they start, and how they move between ranks and structures.
 
-Names: `<module>.A` [rank, d_in], `<module>.B` [d_out, rank], `head.<parameter>`. Full coordinates mean the uncut base
-model's rows and columns at the server's rank; narrow means one device's rank and kept structures. The scale alpha/rank
-is the same at every rank, so it never has to be folded in.
+Names: `<module>.A` [rank, d_in], `<module>.B` [d_out, rank], `head.<parameter>` (`head.<module>.<parameter>` where a
+head is several modules). Full coordinates mean the uncut base model's rows and columns at the server's rank; narrow
+means one device's rank and kept structures. The scale alpha/rank is the same at every rank, so it never has to be
+folded in.
 """
 
 from __future__ import annotations
@@ -26,17 +27,16 @@ def start_adapters(shape: ModelShape, rank: int, rng: np.random.Generator) -> di
     return arrays
 
 
-def kept_features(module: ModuleShape, structure: Structure, shape: ModelShape) -> NDArray[np.int64]:
+def kept_features(module: ModuleShape, structure: Structure) -> NDArray[np.int64]:
     """Indices of the rows (or columns) of a module that a structure keeps."""
-    mask = np.repeat(structure.mask(module.layer, module.unit), shape.unit_size(module))
-    return np.flatnonzero(mask)
+    return np.flatnonzero(module.features(structure.mask(module.layer, module.unit)))
 
 
 def narrow(arrays: Arrays, structure: Structure, rank: int, shape: ModelShape) -> dict[str, Array]:
     """Full coordinates to one device's structure and its first `rank` components."""
     result = {name: array for name, array in arrays.items() if name.startswith(HEAD)}
     for module in shape.modules:
-        kept = kept_features(module, structure, shape)
+        kept = kept_features(module, structure)
         a, b = arrays[f"{module.name}.A"][:rank], arrays[f"{module.name}.B"][:, :rank]
         if module.axis == "rows":
             b = b[kept]
@@ -51,7 +51,7 @@ def widen(arrays: Arrays, structure: Structure, shape: ModelShape) -> dict[str, 
     """One device's adapters to full coordinates at their own rank; what is cut is zero."""
     result = {name: array for name, array in arrays.items() if name.startswith(HEAD)}
     for module in shape.modules:
-        kept = kept_features(module, structure, shape)
+        kept = kept_features(module, structure)
         a, b = arrays[f"{module.name}.A"], arrays[f"{module.name}.B"]
         rank = len(a)
         if module.axis == "rows":

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fedspine.lora.adapters import HEAD, narrow, rank_of, widen
+from fedspine.lora.adapters import HEAD, kept_features, narrow, rank_of, widen
 from fedspine.lora.resident import ResidentModel
-from fedspine.pruning.families import family_of, linear_layers
-from fedspine.structure import Structure
+from fedspine.structure import ModuleShape, Structure
 from fedspine.types import Array, Arrays
 
 
@@ -33,12 +32,13 @@ class DeviceGroup:
         self._ranks = [rank_of(each, shape) for each in arrays]
         union = _union(structures)
         resident.mount(union, _stacked([self._in(union, *pair) for pair in zip(structures, arrays, strict=True)]))
-        self._masks: dict[tuple[int, str], torch.Tensor | None] = {}
+        self._masks: dict[str, torch.Tensor | None] = {}
+        """By projection: over the inputs of `o` and `down`."""
         self._handles: list[RemovableHandle] = []
-        for layer, roles in enumerate(linear_layers(resident.model, family_of(shape.family))):
-            for role, unit in (("o", "heads"), ("down", "channels")):
-                module = resident.model.get_submodule(roles[role])
-                self._handles.append(module.register_forward_pre_hook(self._hide(layer, unit)))
+        for projection in resident.projections:
+            if projection.axis == "columns":
+                module = resident.model.get_submodule(projection.name)
+                self._handles.append(module.register_forward_pre_hook(self._hide(projection)))
         self._set_masks()
 
     def __len__(self) -> int:
@@ -81,16 +81,16 @@ class DeviceGroup:
         }
 
     def _set_masks(self) -> None:
-        shape, union = self.resident.shape, self.resident.structure
-        for layer in range(shape.layers):
-            for unit, size in (("heads", shape.head_dim), ("channels", 1)):
-                kept = np.stack([each.mask(layer, unit)[union.mask(layer, unit)] for each in self.structures])
-                mask = torch.from_numpy(np.repeat(kept, size, axis=1))[:, None, None, :].to(self.resident.device)
-                self._masks[layer, unit] = None if kept.all() else mask
+        for projection in self.resident.projections:
+            if projection.axis == "columns":
+                union = kept_features(projection, self.resident.structure)
+                kept = np.stack([np.isin(union, kept_features(projection, each)) for each in self.structures])
+                mask = torch.from_numpy(kept)[:, None, None, :].to(self.resident.device)
+                self._masks[projection.name] = None if kept.all() else mask
 
-    def _hide(self, layer: int, unit: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor | None]:
+    def _hide(self, projection: ModuleShape) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor | None]:
         def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-            mask = self._masks[layer, unit]
+            mask = self._masks[projection.name]
             if mask is None:
                 return None
             output: torch.Tensor = inputs[0].reshape(len(self), -1, *inputs[0].shape[1:]) * mask

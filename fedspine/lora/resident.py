@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fedspine.lora.adapters import HEAD, kept_features
 from fedspine.lora.layer import ADAPTER, with_fused_lora
-from fedspine.pruning.families import describe, family_of, linear_layers, unit_of
+from fedspine.pruning.families import describe, family_of, head_counters, projections
 from fedspine.structure import ModelShape, ModuleShape, Structure
 from fedspine.types import Array, Arrays
 
@@ -44,17 +44,23 @@ class ResidentModel:
         self.shape: ModelShape = describe(model, family, targets)
         self.scale = scale
         self.device = torch.device(device)
-        head = model.get_submodule(family_of(family).head)
-        self._start = {HEAD + name: value.detach().numpy().copy() for name, value in head.state_dict().items()}
+        paths = family_of(family).head
+        heads = {HEAD if len(paths) == 1 else f"{HEAD}{path}.": model.get_submodule(path) for path in paths}
+        self._start = {
+            prefix + name: value.detach().numpy().copy()
+            for prefix, head in heads.items()
+            for name, value in head.state_dict().items()
+        }
         _to(model, dtype, self.device)
-        self._head = _Head(head.float())
-        model.set_submodule(family_of(family).head, self._head)
-        self._names = linear_layers(model, family_of(family))
+        self._heads = {prefix: _Head(head.float()) for prefix, head in heads.items()}
+        for path, part in zip(paths, self._heads.values(), strict=True):
+            model.set_submodule(path, part)
+        self.projections: list[ModuleShape] = projections(model, family)
+        self._head_counters = head_counters(model, family)
         self._base = {
-            name: (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
-            for roles in self._names
-            for name in roles.values()
-            if isinstance(linear := model.get_submodule(name), nn.Linear)
+            module.name: (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+            for module in self.projections
+            if isinstance(linear := model.get_submodule(module.name), nn.Linear)
         }
         settings = LoraConfig(
             r=rank, lora_alpha=scale * rank, target_modules=[m.name for m in self.shape.modules], lora_dropout=0.0
@@ -80,22 +86,25 @@ class ResidentModel:
         """
         unused = set(arrays)
         self.parameters = {}
-        for layer, roles in enumerate(self._names):
-            for role, name in roles.items():
-                self._cut_base(name, role, layer, structure)
+        for module in self.projections:
+            self._cut_base(module, structure)
+        for (heads, _), counters in zip(structure.counts(), self._head_counters, strict=True):
+            for owner, attribute, count in counters:
+                setattr(owner, attribute, count * heads // self.shape.heads)
         for name in self._modules:
             a, b = (self._tensor(arrays[f"{name}.{side}"]) for side in "AB")
             unused -= {f"{name}.A", f"{name}.B"}
             self._set_adapter(name, a, b, merge)
-        self._head.stacked = {}
-        for name, parameter in self._head.module.named_parameters():
-            value = self._tensor(arrays[HEAD + name])
-            unused.discard(HEAD + name)
-            if value.ndim > parameter.ndim:
-                parameter = self._head.stacked[name] = nn.Parameter(value)
-            parameter.data, parameter.grad = value, None
-            parameter.requires_grad_(not merge)
-            self.parameters[HEAD + name] = parameter
+        for prefix, head in self._heads.items():
+            head.stacked = {}
+            for name, parameter in head.module.named_parameters():
+                value = self._tensor(arrays[prefix + name])
+                unused.discard(prefix + name)
+                if value.ndim > parameter.ndim:
+                    parameter = head.stacked[name] = nn.Parameter(value)
+                parameter.data, parameter.grad = value, None
+                parameter.requires_grad_(not merge)
+                self.parameters[prefix + name] = parameter
         if unused:
             raise KeyError(f"adapter arrays that the model has no place for: {sorted(unused)}")
         self.structure = structure
@@ -114,8 +123,8 @@ class ResidentModel:
         module = self._modules.get(name.rpartition(".")[0])
         if module is None or name.endswith(".B") != (module.axis == "rows"):
             return None
-        now = kept_features(module, self.structure, self.shape)
-        then = kept_features(module, structure, self.shape)
+        now = kept_features(module, self.structure)
+        then = kept_features(module, structure)
         return (0 if module.axis == "rows" else 1), np.flatnonzero(np.isin(now, then))
 
     def arrays(self) -> dict[str, Array]:
@@ -127,17 +136,14 @@ class ResidentModel:
         layer = self._layer(module.name)
         return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer().weight.float()
 
-    def _cut_base(self, name: str, role: str, layer: int, structure: Structure) -> None:
-        unit, axis = unit_of(role)
-        mask = structure.mask(layer, unit)
-        weight, bias = self._base[name]
-        if not mask.all():
-            size = self.shape.head_dim if unit == "heads" else 1
-            kept = self._tensor(np.flatnonzero(np.repeat(mask, size)))
-            weight = weight.index_select(0 if axis == "rows" else 1, kept)
-            if bias is not None and axis == "rows":
+    def _cut_base(self, module: ModuleShape, structure: Structure) -> None:
+        weight, bias = self._base[module.name]
+        if not structure.mask(module.layer, module.unit).all():
+            kept = self._tensor(kept_features(module, structure))
+            weight = weight.index_select(0 if module.axis == "rows" else 1, kept)
+            if bias is not None and module.axis == "rows":
                 bias = bias.index_select(0, kept)
-        linear = self._linear(name)
+        linear = self._linear(module.name)
         linear.out_features, linear.in_features = weight.shape
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
@@ -170,7 +176,7 @@ class ResidentModel:
 
 
 class _Head(nn.Module):
-    """The task head in float32: of one device, or stacked weights of several that share a batch."""
+    """A module of the task head in float32: of one device, or stacked weights of several that share a batch."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

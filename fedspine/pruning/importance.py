@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fedspine.lora.resident import ResidentModel
-from fedspine.pruning.families import family_of, linear_layers
-from fedspine.structure import Structure
+from fedspine.structure import ModuleShape, Structure
 from fedspine.types import Array, Scores
 
 DECAY = 0.9
@@ -83,15 +82,12 @@ class FisherScorer(_Smoothed):
         self._others = [_Smoothed(resident) for _ in range(devices - 1)]
         self._seen: dict[tuple[int, str], Array] = {}
         self._handles: list[RemovableHandle] = []
-        family = family_of(resident.shape.family)
-        for layer, roles in enumerate(linear_layers(resident.model, family)):
-            for role, unit in (("o", "heads"), ("down", "channels")):
-                module = resident.model.get_submodule(roles[role])
-                self._handles.append(module.register_forward_pre_hook(self._watch(layer, unit)))
+        for projection in resident.projections:
+            if projection.axis == "columns":
+                module = resident.model.get_submodule(projection.name)
+                self._handles.append(module.register_forward_pre_hook(self._watch(projection)))
 
-    def _watch(self, layer: int, unit: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        size = self.resident.shape.head_dim if unit == "heads" else 1
-
+    def _watch(self, projection: ModuleShape) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             output = inputs[0]
             if not output.requires_grad:
@@ -100,10 +96,10 @@ class FisherScorer(_Smoothed):
 
             def take(gradient: torch.Tensor) -> None:
                 per_example = (value * gradient).sum(1).float()
-                if size > 1:
-                    per_example = per_example.reshape(len(per_example), -1, size).sum(2)
+                if projection.unit_size > 1:
+                    per_example = per_example.reshape(len(per_example), -1, projection.unit_size).sum(2)
                 by_device = per_example.square().reshape(1 + len(self._others), -1, per_example.shape[1])
-                self._seen[layer, unit] = by_device.sum(1).cpu().numpy()
+                self._seen[projection.layer, projection.unit] = by_device.sum(1).cpu().numpy()
 
             output.register_hook(take)  # type: ignore[no-untyped-call]
 
@@ -156,8 +152,7 @@ class LoraGradientScorer(_Smoothed):
                     continue
                 importance = estimated_gradient(a, b, a.grad, b.grad)
                 importance.mul_(torch.addmm(weight, b, a, alpha=self.resident.scale)).abs_()
-                vector = importance.sum(1 if module.axis == "rows" else 0)
-                vector = vector.view(-1, shape.unit_size(module)).sum(1)
+                vector = per_unit(importance, module)
                 part = values[module.layer][0 if module.unit == "heads" else 1]
                 part += (vector / (vector.norm() + 1e-8)).cpu().numpy()
         self.add(values)
@@ -169,6 +164,14 @@ class LoraGradientScorer(_Smoothed):
 def estimated_gradient(a: torch.Tensor, b: torch.Tensor, grad_a: torch.Tensor, grad_b: torch.Tensor) -> torch.Tensor:
     """gB A + B gA - gB gA [d_out, d_in]: minus the change of B A under a unit gradient step on both factors."""
     return grad_b @ (a - grad_a) + b @ grad_a
+
+
+def per_unit(values: torch.Tensor, module: ModuleShape) -> torch.Tensor:
+    """Sums of [d_out, d_in] values of a projection, one for every head or channel that is left in it."""
+    features = values.sum(1 if module.axis == "rows" else 0)
+    units = len(features) // module.unit_size
+    segments = torch.split(features, [units * size for size in module.segments])
+    return torch.stack([segment.view(units, -1).sum(1) for segment in segments]).sum(0)
 
 
 class MagnitudeScorer:
@@ -187,7 +190,7 @@ class MagnitudeScorer:
             for module in shape.modules:
                 a, b, weight = self.resident.lora(module)
                 merged = torch.addmm(weight, b, a, alpha=self.resident.scale).square()
-                vector = merged.sum(1 if module.axis == "rows" else 0).view(-1, shape.unit_size(module)).sum(1)
+                vector = per_unit(merged, module)
                 part = values[module.layer][0 if module.unit == "heads" else 1]
                 part[structure.mask(module.layer, module.unit)] += vector.cpu().numpy()
         return tuple(values)

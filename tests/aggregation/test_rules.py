@@ -54,7 +54,7 @@ def dense_contributor_mean(updates: list[Update], module: ModuleShape, shape: Mo
     change, mass = np.zeros_like(now), np.zeros_like(now)
     for item in updates:
         kept = np.zeros(now.shape, bool)
-        index = kept_features(module, item.structure, shape)
+        index = kept_features(module, item.structure)
         kept[(index, slice(None)) if module.axis == "rows" else (slice(None), index)] = True
         rank = item.arrays[f"{module.name}.A"].shape[0]
         start = START[f"{module.name}.B"][:, :rank].astype(np.float64) @ START[f"{module.name}.A"][:rank]

@@ -38,11 +38,11 @@ def small_encoder() -> ModelShape:
     """The counts of a six-layer encoder of width 384."""
     hidden, heads, channels = 384, 12, 1536
     sizes = {
-        "q": (hidden, hidden, "heads", "rows"),
-        "v": (hidden, hidden, "heads", "rows"),
-        "o": (hidden, hidden, "heads", "columns"),
-        "up": (channels, hidden, "channels", "rows"),
-        "down": (hidden, channels, "channels", "columns"),
+        "q": (hidden, hidden, "heads", "rows", (32,)),
+        "v": (hidden, hidden, "heads", "rows", (32,)),
+        "o": (hidden, hidden, "heads", "columns", (32,)),
+        "up": (channels, hidden, "channels", "rows", (1,)),
+        "down": (hidden, channels, "channels", "columns", (1,)),
     }
     modules = [ModuleShape(f"{layer}.{role}", layer, role, *size) for layer in range(6) for role, size in sizes.items()]
     return ModelShape(
@@ -50,10 +50,13 @@ def small_encoder() -> ModelShape:
         layers=6,
         hidden=hidden,
         heads=heads,
+        queries=1,
         head_dim=32,
         channels=channels,
         head_parameters=32 * (4 * hidden + 3),
+        head_weights=32 * 4 * hidden,
         channel_parameters=2 * hidden + 1,
+        channel_weights=2 * hidden,
         total_parameters=22_700_000,
         head_bytes=4 * 6 * (hidden + 1),
         modules=tuple(modules),

@@ -9,12 +9,14 @@ from peft import LoraConfig, get_peft_model
 
 from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
 from fedspine.lora.resident import ResidentModel, update_norm
+from fedspine.pruning.families import FAMILIES
 from fedspine.structure import Structure
 from tests.tiny import TARGETS, random_arrays, tiny_model, tiny_resident, tokens, uneven_structure
 
 
-def test_narrow_then_widen_is_a_projection() -> None:
-    resident = tiny_resident()
+@pytest.mark.parametrize("family", ["bert", "llama", "phi3", "gpt_neox"])
+def test_narrow_then_widen_is_a_projection(family: str) -> None:
+    resident = tiny_resident(family)
     shape, structure = resident.shape, uneven_structure(resident.shape)
     arrays = random_arrays(resident)
     small = narrow(arrays, structure, 4, shape)
@@ -35,7 +37,7 @@ def test_start_leaves_the_function_unchanged() -> None:
     torch.testing.assert_close(resident.model(**batch).logits, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parity_with_peft(family: str) -> None:
     """A mounted model gives the logits and the gradients of stock PEFT around the stock model.
 
@@ -54,21 +56,21 @@ def test_parity_with_peft(family: str) -> None:
         layer.lora_B["default"].weight.data = torch.from_numpy(arrays[f"{module.name}.B"].copy())
     for model in (resident.model, stock):
         torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
-    torch.testing.assert_close(resident.model(**batch).logits, stock(**batch).logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(resident.model(**batch).logits, stock(**batch).logits, rtol=1e-5, atol=1e-5)
     for module in shape.modules:
         layer = stock.base_model.model.get_submodule(module.name)
         for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
             ours, theirs = resident.parameters[f"{module.name}.{side}"].grad, part["default"].weight.grad
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_float32_to_its_precision(family: str) -> None:
     """Frozen weights and arithmetic in bfloat16; what trains, and what is sent, in float32."""
     batch, labels = tokens(), torch.tensor([0, 1, 2])
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        resident = ResidentModel(tiny_model(family), family, TARGETS, 6, 2.0, dtype)
+        resident = ResidentModel(tiny_model(family, initializer_range=0.1), family, TARGETS, 6, 0.5, dtype)
         arrays = random_arrays(resident)
         resident.mount(Structure.full(resident.shape), arrays)
         logits = resident.model(**batch).logits
@@ -86,12 +88,15 @@ def test_bfloat16_is_float32_to_its_precision(family: str) -> None:
     assert torch.cosine_similarity(gradient, half_gradient, dim=0) > 0.99
 
 
-def test_only_adapters_and_head_train() -> None:
-    resident = tiny_resident()
+@pytest.mark.parametrize(
+    ("family", "head"), [("bert", "classifier"), ("distilbert", ("pre_classifier", "classifier")), ("llama", "score")]
+)
+def test_only_adapters_and_head_train(family: str, head: str | tuple[str, ...]) -> None:
+    resident = tiny_resident(family)
     resident.mount(Structure.full(resident.shape), random_arrays(resident))
     trainable = {name for name, p in resident.model.named_parameters() if p.requires_grad}
-    assert len(trainable) == 2 * 2 * len(TARGETS) + 2
-    assert all("lora_" in name or name.startswith("classifier") for name in trainable)
+    assert len(trainable) == 2 * 2 * len(TARGETS) + len(resident.head_arrays())
+    assert all("lora_" in name or name.startswith(head) for name in trainable)
 
 
 def test_update_norm_is_the_dense_frobenius_norm() -> None:

@@ -8,7 +8,6 @@ import torch
 
 from fedspine.lora.adapters import narrow
 from fedspine.lora.resident import ResidentModel
-from fedspine.pruning.families import family_of, linear_layers
 from fedspine.pruning.importance import SCORERS, estimated_gradient
 from fedspine.pruning.scoreboard import blend, pruning_scores, update_own, update_shared
 from fedspine.structure import Structure
@@ -21,9 +20,10 @@ def backward(resident: ResidentModel) -> None:
     torch.nn.functional.cross_entropy(resident.model(**tokens()).logits, LABELS).backward()
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("name", SCORERS)
-def test_scores_are_finite_and_zero_where_cut(name: str) -> None:
-    resident = tiny_resident()
+def test_scores_are_finite_and_zero_where_cut(name: str, family: str) -> None:
+    resident = tiny_resident(family)
     structure = uneven_structure(resident.shape)
     resident.mount(structure, narrow(random_arrays(resident), structure, 4, resident.shape))
     scorer = SCORERS[name](resident, 0)
@@ -39,9 +39,31 @@ def test_scores_are_finite_and_zero_where_cut(name: str) -> None:
             assert (part[kept] > 0).any()
 
 
-def test_fisher_is_the_squared_mask_gradient_per_example() -> None:
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_magnitude_is_the_squared_norm_of_a_unit_in_every_projection(family: str) -> None:
+    """Grouped and fused: unit by unit, against the rows and columns that are left."""
+    resident = tiny_resident(family)
+    structure = uneven_structure(resident.shape)
+    resident.mount(structure, narrow(random_arrays(resident), structure, 6, resident.shape))
+    scores = SCORERS["magnitude"](resident, 0).scores()
+    for layer in range(2):
+        for index, unit in enumerate(("heads", "channels")):
+            mask = structure.mask(layer, unit)
+            for one in np.flatnonzero(mask):
+                total = 0.0
+                for module in resident.shape.modules:
+                    if (module.layer, module.unit) == (layer, unit):
+                        a, b, weight = resident.lora(module)
+                        merged = (weight + 2.0 * b @ a).detach().numpy()
+                        part = module.features(np.arange(len(mask)) == one)[module.features(mask)]
+                        total += ((merged[part] if module.axis == "rows" else merged[:, part]) ** 2).sum()
+                assert scores[layer][index][one] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_fisher_is_the_squared_mask_gradient_per_example(family: str) -> None:
     """Against autograd through explicit mask variables, one example at a time."""
-    resident = tiny_resident()
+    resident = tiny_resident(family)
     resident.mount(Structure.full(resident.shape), random_arrays(resident))
     scorer = SCORERS["fisher"](resident, 0)
     backward(resident)
@@ -49,12 +71,12 @@ def test_fisher_is_the_squared_mask_gradient_per_example() -> None:
     scores = scorer.scores()
     scorer.close()
     shape, batch = resident.shape, tokens()
-    roles = linear_layers(resident.model, family_of("bert"))[1]
+    names = {module.role: module.name for module in resident.projections if module.layer == 1}
     for index, (role, count, size) in enumerate((("o", shape.heads, shape.head_dim), ("down", shape.channels, 1))):
         expected = np.zeros(count)
         for row in range(3):
             mask = torch.ones(count, requires_grad=True)
-            handle = resident.model.get_submodule(roles[role]).register_forward_pre_hook(
+            handle = resident.model.get_submodule(names[role]).register_forward_pre_hook(
                 lambda _, inputs, m=mask, s=size: (inputs[0] * m.repeat_interleave(s),)
             )
             one = {key: value[row : row + 1] for key, value in batch.items()}
