@@ -45,6 +45,8 @@ T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory for messages: only those that are being handled lie there, one per worker."""
 POLL_SECONDS = 0.05
+MESSAGES_PER_WORKER = 8
+"""Under way at once: Flower's runtime looks for each of them at every node, over and over."""
 LONGEST_TEMPORARY_PATH = 30
 """Ray's sockets add about 70 characters, and the path of a socket may have 107."""
 
@@ -79,7 +81,15 @@ def run_with_ray(
         runtime = _Runtime(app, devices, init, division)
         stack.callback(runtime.stop)
         grid = runtime.start()
-        return run(GridExchange(grid, devices, poll_seconds=POLL_SECONDS, check_alive=runtime.check_alive))
+        exchange = GridExchange(
+            grid,
+            devices,
+            poll_seconds=POLL_SECONDS,
+            check_alive=runtime.check_alive,
+            known=lambda: _device_of_node(grid),
+            at_once=MESSAGES_PER_WORKER * division.workers,
+        )
+        return run(exchange)
 
 
 class _Runtime:
@@ -161,6 +171,14 @@ def _local(workers: int, gpus: int, directory: str) -> dict[str, Any]:
 def _variables(threads: int) -> dict[str, str]:
     """Of a worker."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _device_of_node(grid: Any) -> dict[int, int]:
+    """Flower numbers its virtual nodes as it creates them: to ask ten thousand of them would take minutes.
+
+    The first is left out, and so asked: whether the workers run the same code as this process.
+    """
+    return {node.node_id: device for device, node in enumerate(grid.state.get_node_info()) if device > 0}
 
 
 def _root_cause(error: BaseException | None) -> str:

@@ -20,6 +20,7 @@ from fedspine.federation import Exchange
 from fedspine.flower.client_app import make_client_app
 from fedspine.flower.cluster import find_cluster
 from fedspine.flower.engines import run_federation
+from fedspine.flower.exchange import GridExchange
 from fedspine.types import FAILED, TRAINED, Probe, ProbeRequest, TrainReply, TrainRequest
 from tests.flower import fakes
 
@@ -71,6 +72,16 @@ def test_ray_equals_inline(capfd: pytest.CaptureFixture[str]) -> None:
     assert (capfd.readouterr().out, leftovers()) == ("", before)
     changed = {name for name in os.environ if os.environ[name] != environment.get(name)}
     assert all(name.startswith("RAY_") for name in changed)  # importing Ray sets some of its own
+
+
+def test_nodes_need_not_be_asked_which_device_they_are() -> None:
+    def run(exchange: Exchange) -> None:
+        assert isinstance(exchange, GridExchange)
+        asking = GridExchange(exchange._grid, 40)
+        assert exchange._connected() == asking._connected()
+        assert sorted(exchange._connected().values()) == list(range(40))
+
+    run_federation(run, devices=40, engine="ray", client_app=APP)
 
 
 def test_a_dead_worker_is_a_failed_reply_and_is_replaced() -> None:
