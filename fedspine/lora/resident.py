@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedspine.lora.adapters import HEAD, kept_features
@@ -196,17 +199,35 @@ class _Head(nn.Module):
 
 
 def _keep_first_token(model: nn.Module, model_type: str) -> None:
-    """After the attention of the last layer only the first token goes on: where the head reads no other.
+    """The last layer computes the first token only: where the head reads no other.
 
-    The others would cost a tenth of the arithmetic, and neither the logits nor any gradient depends on them.
+    The others would cost an eighth of the arithmetic, and neither the logits nor any gradient depends on them.
     """
     family = family_of(model_type)
     if family.first_token is None:
         return
     layers = model.get_submodule(family.layers)
     attention, join = (layers[-1].get_submodule(path) for path in family.first_token)  # type: ignore[index]
-    attention.register_forward_hook(lambda _, inputs, outputs: (outputs[0][:, :1], *outputs[1:]))
+    attention.forward = partial(_first_token_attention, attention)
     join.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1][:, :1]))
+
+
+def _first_token_attention(
+    attention: Any, hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object
+) -> tuple[torch.Tensor, None]:
+    """What BERT's self-attention gives for the first token, [rows, 1, features]."""
+
+    def heads(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = linear(states)
+        return features.view(*states.shape[:-1], -1, attention.attention_head_size).transpose(1, 2)
+
+    mask = attention_mask if attention_mask is None else attention_mask[:, :, :1]
+    query, key, value = (
+        heads(getattr(attention, name), hidden[:, :1] if name == "query" else hidden)
+        for name in ("query", "key", "value")
+    )
+    output = functional.scaled_dot_product_attention(query, key, value, mask, scale=attention.scaling)
+    return output.transpose(1, 2).flatten(2), None
 
 
 def _to(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
