@@ -109,7 +109,7 @@ def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, ra
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     rng = generator(config.seed, round, device, Purpose.BATCHES)
-    data = bench.train.take(bench.rows[device])
+    data = bench.data(device)
     batches = [
         (tensors(batch, torch.device("cpu")), torch.from_numpy(batch.labels))
         for batch in training_batches(data, config.batch_size, config.local_iterations, rng, bench.pad_id)

@@ -48,6 +48,8 @@ from fedspine.types import (
 
 EVALUATION_BATCH = 64
 PROBE_PART = 8
+DEVICES_KEPT = 128
+"""Devices whose rows stay tokenized in a process."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Workbench:
 
     config: RunConfig
     task: TextTask
-    train: Encoded
     test: Encoded
     rows: tuple[NDArray[np.int64], ...]
     """Rows of the training set by device."""
+    data: Callable[[int], Encoded]
+    """The rows of a device, tokenized when they are first wanted: most devices of a large federation never are."""
     resident: ResidentModel
     population: Population
     pad_id: int
@@ -100,12 +103,17 @@ def workbench(settings: str) -> Workbench:
         getattr(torch, config.dtype),
         config.torch_device,
     )
+
+    @lru_cache(maxsize=DEVICES_KEPT)
+    def data(device: int) -> Encoded:
+        return encode(tokenizer, task.train.iloc[rows[device]], config.max_length)
+
     return Workbench(
         config=config,
         task=task,
-        train=encode(tokenizer, task.train, config.max_length),
         test=encode(tokenizer, task.test, config.max_length),
         rows=rows,
+        data=data,
         resident=resident,
         population=population,
         pad_id=tokenizer.pad_token_id or 0,
@@ -164,13 +172,12 @@ def train(request: TrainRequest) -> TrainReply:
 
 def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
     """Download what the request holds; the reply of a device whose memory is too small for it."""
-    rows = bench.rows[request.device]
     meter = VirtualMeter(device_state(bench.population, bench.config.seed, request.device, request.round))
     needed = bench.workload.memory_bytes(request.structure, request.action.lora_rank)
     download = nbytes(request.arrays) + request.structure.nbytes + scores_nbytes(request.scores)
     report = Report(
         TRAINED,
-        examples=len(rows),
+        examples=len(bench.rows[request.device]),
         download_bytes=download,
         download_seconds=meter.download_seconds(download),
         peak_memory_bytes=int(needed),
@@ -179,7 +186,7 @@ def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
         message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
         failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
         return TrainReply(request.device, failed, request.structure, {}, None)
-    return Local(request, bench.train.take(rows), meter, report)
+    return Local(request, bench.data(request.device), meter, report)
 
 
 def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:

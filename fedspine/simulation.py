@@ -230,7 +230,7 @@ class _Run:
         bench.resident.mount(full, narrow(arrays | bench.resident.head_arrays(), full, config.fixed_rank, bench.shape))
         optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
         rng = generator(config.seed, 0, 0, Purpose.BATCHES)
-        batches = list(training_batches(bench.train, config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
+        batches = list(training_batches(bench.data(0), config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
         tune(bench.resident, optimizer, batches[:1], _nothing, _nothing, Stopwatch())
         began = time.perf_counter()
         tune(bench.resident, optimizer, batches[1:], _nothing, _nothing, Stopwatch())

@@ -9,6 +9,8 @@ Every writer (one per device) has a household's words, a taste in sentence forms
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,8 +80,8 @@ class _Writer:
 
     things: tuple[tuple[str, ...], ...]
     """Words for each class."""
-    forms: np.ndarray
-    """Share of each group of sentence forms."""
+    forms: list[float]
+    """Share of each group of sentence forms, summed up."""
     opener: str
     chattiness: float
     """Share of requests that begin with the opener."""
@@ -91,26 +93,37 @@ class _Writer:
 def embedded_task_frames(seed: int, writers: int) -> tuple[tuple[str, ...], pd.DataFrame, pd.DataFrame]:
     """(classes, train, test): columns text, label, writer. Test rows are balanced, over all writers' styles."""
     people = [_writer(np.random.default_rng([seed, 21, index])) for index in range(writers)]
-    train = []
+    texts: list[str] = []
+    labels: list[int] = []
+    owners: list[int] = []
     for index, person in enumerate(people):
         rng = np.random.default_rng([seed, 22, index])
-        labels = rng.choice(len(CLASSES), int(rng.integers(*ROWS_PER_WRITER)), p=person.mix)
-        labels[: len(CLASSES)] = np.arange(len(CLASSES))
-        train += [(_request(person, int(label), rng), int(label), f"writer-{index:04d}") for label in labels]
+        mine = rng.choice(len(CLASSES), int(rng.integers(*ROWS_PER_WRITER)), p=person.mix)
+        mine[: len(CLASSES)] = np.arange(len(CLASSES))
+        texts += [_request(person, label, rng) for label in mine.tolist()]
+        labels += mine.tolist()
+        owners += [index] * len(mine)
+    train = _frame(texts, labels, owners)
     rng = np.random.default_rng([seed, 23])
-    test = []
+    texts, labels, owners = [], [], []
     for row in range(TEST_ROWS):
         label, index = row % len(CLASSES), int(rng.integers(writers))
-        test.append((_request(people[index], label, rng), label, f"writer-{index:04d}"))
-    columns = ["text", "label", "writer"]
-    return CLASSES, pd.DataFrame(train, columns=columns), pd.DataFrame(test, columns=columns)
+        texts.append(_request(people[index], label, rng))
+        labels.append(label)
+        owners.append(index)
+    return CLASSES, train, _frame(texts, labels, owners)
+
+
+def _frame(texts: list[str], labels: list[int], owners: list[int]) -> pd.DataFrame:
+    names = [f"writer-{index:04d}" for index in range(max(owners) + 1)]  # one text for all rows of a writer
+    return pd.DataFrame({"text": texts, "label": labels, "writer": [names[index] for index in owners]})
 
 
 def _writer(rng: np.random.Generator) -> _Writer:
     return _Writer(
         tuple(tuple(map(str, rng.choice(things, WORDS_PER_WISH, replace=False))) for things in _THINGS),
-        rng.dirichlet(np.full(len(_FORMS), 2.0)),
-        str(rng.choice(_OPENERS)),
+        _steps(rng.dirichlet(np.full(len(_FORMS), 2.0))),
+        _any(_OPENERS, rng),
         float(rng.uniform(0.0, 0.6)),
         tuple(map(str, rng.choice(_OTHERS, 3, replace=False))),
         0.85 * rng.dirichlet(np.full(len(CLASSES), 1.0)) + 0.15 / len(CLASSES),
@@ -119,14 +132,25 @@ def _writer(rng: np.random.Generator) -> _Writer:
 
 def _request(person: _Writer, label: int, rng: np.random.Generator) -> str:
     other = int((label + 1 + rng.integers(len(CLASSES) - 1)) % len(CLASSES))
-    wanted, unwanted = (str(rng.choice(person.things[wish])) for wish in (label, other))
-    forms = _FORMS[int(rng.choice(len(_FORMS), p=person.forms))]
+    wanted, unwanted = (_any(person.things[wish], rng) for wish in (label, other))
+    forms = _FORMS[bisect_right(person.forms, rng.random())]
     flipped = rng.random() < FLIPPED
     said, unsaid = (unwanted, wanted) if flipped else (wanted, unwanted)
-    text = str(rng.choice(forms)).format(yes=said, no=unsaid, who=rng.choice(person.others))
+    text = _any(forms, rng).format(yes=said, no=unsaid, who=_any(person.others, rng))
     if flipped or rng.random() < FLIPPED:
-        text = f"{rng.choice(_FLIPS if flipped else _KEEPS)} {text}"
+        text = f"{_any(_FLIPS if flipped else _KEEPS, rng)} {text}"
     if rng.random() < ASIDE:
-        third = str(rng.choice(person.things[int(rng.integers(len(CLASSES)))]))
-        text = f"{text} , {rng.choice(_ASIDES).format(third=third)}"
+        third = _any(person.things[int(rng.integers(len(CLASSES)))], rng)
+        text = f"{text} , {_any(_ASIDES, rng).format(third=third)}"
     return f"{person.opener} {text}" if rng.random() < person.chattiness else text
+
+
+def _any(items: Sequence[str], rng: np.random.Generator) -> str:
+    """What `rng.choice` draws, at a tenth of its price."""
+    return items[int(rng.integers(len(items)))]
+
+
+def _steps(shares: np.ndarray) -> list[float]:
+    """Where each share ends, for a draw by `bisect_right`: what `rng.choice(..., p=shares)` draws."""
+    ends = shares.cumsum()
+    return (ends / ends[-1]).tolist()  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,12 +65,19 @@ def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
 def _drawn(partitioner: Partitioner, labels: NDArray[np.int64], shuffle: int | None = None) -> tuple[Rows, ...]:
     from datasets import Dataset
 
+    class Numbers(Dataset):  # type: ignore[misc]
+        """Selects row numbers instead of rows: `datasets` needs milliseconds for a selection, and again to read it."""
+
+        def select(self, indices: Any, *_: Any, **__: Any) -> Any:
+            return indices
+
+        def __getitem__(self, column: Any) -> Any:
+            return self.data.column(column).to_numpy()
+
     order = np.arange(len(labels)) if shuffle is None else np.random.default_rng([shuffle, 13]).permutation(len(labels))
-    partitioner.dataset = Dataset.from_dict({"row": order, "label": labels[order]})
-    return tuple(
-        np.sort(np.asarray(partitioner.load_partition(device)["row"], dtype=np.int64))
-        for device in range(partitioner.num_partitions)
-    )
+    partitioner.dataset = Numbers.from_dict({"label": labels[order]})
+    parts = (partitioner.load_partition(device) for device in range(partitioner.num_partitions))
+    return tuple(np.sort(order[np.asarray(part, dtype=np.int64)]) for part in parts)
 
 
 def _by_shards(labels: NDArray[np.int64], config: RunConfig) -> tuple[Rows, ...]:
@@ -96,7 +103,8 @@ def _by_column(task: TextTask, name: str, config: RunConfig) -> tuple[Rows, ...]
         )
     device_of = {value: index % config.devices for index, value in enumerate(values)}
     device = np.array([device_of[owner] for owner in owners])
-    return tuple(np.flatnonzero(device == index) for index in range(config.devices))
+    ends = np.cumsum(np.bincount(device, minlength=config.devices))[:-1]
+    return tuple(np.split(np.argsort(device, kind="stable"), ends))
 
 
 def _short(parts: tuple[Rows, ...], labels: NDArray[np.int64], config: RunConfig) -> int | None:

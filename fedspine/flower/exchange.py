@@ -6,8 +6,9 @@ a device is known by the `partition-id` that its node answers to a query.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -41,7 +42,8 @@ class GridExchange:
 
     `devices`: how many must have joined before the first request, within `connect_seconds`. `timeout_seconds`: how
     long to wait for the replies to one call; None waits without bound. `poll_seconds`: longest pause between two looks
-    for replies. `check_alive` is called in every pause and raises when no reply can come any more.
+    for replies. `check_alive` is called in every pause and raises when no reply can come any more. `stand_in`: the
+    nodes are `devices` places that any device of a larger federation takes in turn, so as many messages are under way.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class GridExchange:
         connect_seconds: float = 60.0,
         poll_seconds: float = 1.0,
         check_alive: Callable[[], None] = _always,
+        stand_in: bool = False,
     ) -> None:
         self._grid = grid
         self._devices = devices
@@ -60,6 +63,7 @@ class GridExchange:
         self._connect_seconds = connect_seconds
         self._poll_seconds = poll_seconds
         self._check_alive = check_alive
+        self._stand_in = stand_in
         self._device_of_node: dict[int, int] = {}
 
     def probe(self, requests: Sequence[ProbeRequest]) -> list[Probe]:
@@ -67,7 +71,7 @@ class GridExchange:
 
         Errors: `FederationError` when a device fails or does not answer.
         """
-        contents = [(request.device, records.pack_probe_request(request)) for request in requests]
+        contents = ((request.device, records.pack_probe_request(request)) for request in requests)
         probes: dict[int, Probe] = {}
         for index, reply in self._converse(contents, PROBE):
             probes[index] = records.unpack_probe(_needed(reply, requests[index].device, "the probe"))
@@ -79,7 +83,7 @@ class GridExchange:
         A device that fails, cannot be reached or is late gives a reply with the outcome `failed`.
         Errors: the `FedSpineError` of a device, when a person's mistake caused it.
         """
-        contents = [(request.device, records.pack_train_request(request)) for request in requests]
+        contents = ((request.device, records.pack_train_request(request)) for request in requests)
         replies: dict[int, TrainReply] = {}
         for index, reply in self._converse(contents, TRAIN):
             answer = _content(reply)
@@ -99,7 +103,7 @@ class GridExchange:
 
         Errors: `FederationError` when a device fails or does not answer.
         """
-        contents = [(request.device, records.pack_evaluate_request(request)) for request in requests]
+        contents = ((request.device, records.pack_evaluate_request(request)) for request in requests)
         replies: dict[int, EvaluateReply] = {}
         for index, reply in self._converse(contents, EVALUATE):
             content = _needed(reply, requests[index].device, "the evaluation")
@@ -108,17 +112,15 @@ class GridExchange:
         return [replies[index] for index in range(len(requests))]
 
     def _converse(
-        self, contents: Sequence[tuple[int, RecordDict]], message_type: str
+        self, contents: Iterable[tuple[int, RecordDict]], message_type: str
     ) -> Iterator[tuple[int, Message | str]]:
         """Send contents to devices; yields (index, reply or why there is none) in order of arrival."""
         nodes = {device: node for node, device in self._connected().items()}
-        reachable = []
-        for index, (device, content) in enumerate(contents):
-            if device in nodes:
-                reachable.append((index, nodes[device], content))
-            else:
-                yield index, "the device is not connected"
-        yield from self._deliver(reachable, message_type)
+        addressed = (
+            (index, nodes.get(index % self._devices if self._stand_in else device), content)
+            for index, (device, content) in enumerate(contents)
+        )
+        yield from self._deliver(addressed, message_type)
 
     def _connected(self) -> dict[int, int]:
         """Device by node id, of the nodes that are there now. The first call waits for all devices."""
@@ -126,7 +128,7 @@ class GridExchange:
         if not self._device_of_node:
             present = self._await_nodes(present)
         strangers = sorted(present - self._device_of_node.keys())
-        contents = [(index, node, RecordDict()) for index, node in enumerate(strangers)]
+        contents = ((index, node, RecordDict()) for index, node in enumerate(strangers))
         reason = ""
         for index, reply in self._deliver(contents, IDENTIFY):
             answer = _content(reply)
@@ -154,11 +156,28 @@ class GridExchange:
         return present
 
     def _deliver(
-        self, contents: Sequence[tuple[int, int, RecordDict]], message_type: str
+        self, contents: Iterable[tuple[int, int | None, RecordDict]], message_type: str
     ) -> Iterator[tuple[int, Message | str]]:
-        """Send (index, node, content) triples; yields (index, reply or why there is none) in order of arrival."""
-        waiting: dict[str, int] = {}
-        for index, node, content in contents:
+        """Send (index, node, content) triples; yields (index, reply or why there is none) in order of arrival.
+
+        Contents are drawn when they are sent: those that were answered need no memory any more.
+        """
+        queue, waiting = iter(contents), dict[str, int]()
+        yield from self._send(queue, waiting, message_type)
+        for answer in self._collect(waiting):
+            yield answer
+            yield from self._send(queue, waiting, message_type)
+
+    def _send(
+        self, queue: Iterator[tuple[int, int | None, RecordDict]], waiting: dict[str, int], message_type: str
+    ) -> Iterator[tuple[int, str]]:
+        """Send until enough are waiting; yields (index, why not) of those that cannot be sent."""
+        most = self._devices if self._stand_in else math.inf
+        while len(waiting) < most and (item := next(queue, None)) is not None:
+            index, node, content = item
+            if node is None:
+                yield index, "the device is not connected"
+                continue
             message = Message(content, node, message_type, ttl=self._timeout_seconds)
             # One by one: a push of many large messages can exceed the limit of one HTTP request.
             sent = [sent_id for sent_id in self._grid.push_messages([message]) if sent_id]
@@ -166,7 +185,6 @@ class GridExchange:
                 waiting[sent[0]] = index
             else:
                 yield index, "the message could not be sent"
-        yield from self._collect(waiting)
 
     def _collect(self, waiting: dict[str, int]) -> Iterator[tuple[int, Message | str]]:
         started = time.monotonic()

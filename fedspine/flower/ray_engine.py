@@ -41,12 +41,15 @@ T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory for messages: only those that are being handled lie there, one per worker."""
 POLL_SECONDS = 0.05
+NODES_PER_WORKER = 16
+"""Flower's runtime looks for every message at every node, over and over: with a node for each of ten thousand devices
+that takes longer than the messages. A request says which device is meant, so nodes stand in for any of them."""
 LONGEST_TEMPORARY_PATH = 30
 """Ray's sockets add about 70 characters, and the path of a socket may have 107."""
 
 
 def run_with_ray(run: Callable[[Exchange], T], app: ClientApp, devices: int, workers: int, threads: int) -> T:
-    """Run `run` against `devices` virtual nodes in `workers` processes.
+    """Run `run` against `devices` virtual devices in `workers` processes.
 
     Errors: `FederationError` when Ray is in use already, does not start, or stops in between.
     """
@@ -57,18 +60,20 @@ def run_with_ray(run: Callable[[Exchange], T], app: ClientApp, devices: int, wor
         directory = stack.enter_context(_short_temporary_directory())
         stack.enter_context(_environment(threads))
         stack.enter_context(_terminable())
-        runtime = _Runtime(app, devices, _backend_config(workers, directory))
+        nodes = min(devices, NODES_PER_WORKER * workers)
+        runtime = _Runtime(app, nodes, _backend_config(workers, directory))
         stack.callback(runtime.stop)
         grid = runtime.start()
-        return run(GridExchange(grid, devices, poll_seconds=POLL_SECONDS, check_alive=runtime.check_alive))
+        alive = runtime.check_alive
+        return run(GridExchange(grid, nodes, poll_seconds=POLL_SECONDS, check_alive=alive, stand_in=True))
 
 
 class _Runtime:
     """The thread that runs Flower's simulation until `stop`."""
 
-    def __init__(self, app: ClientApp, devices: int, backend_config: dict[str, Any]) -> None:
+    def __init__(self, app: ClientApp, nodes: int, backend_config: dict[str, Any]) -> None:
         self._app = app
-        self._devices = devices
+        self._nodes = nodes
         self._backend_config = backend_config
         self._grids: Queue[Grid] = Queue()
         self._finished = threading.Event()
@@ -106,7 +111,7 @@ class _Runtime:
             self._finished.wait()
 
         try:
-            run_simulation(server_app, self._app, self._devices, backend_config=self._backend_config)
+            run_simulation(server_app, self._app, self._nodes, backend_config=self._backend_config)
         except BaseException as error:  # of another thread: `check_alive` raises it where it can be seen
             self._crash = error
             self._finished.set()

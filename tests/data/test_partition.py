@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
 from fedspine.config import RunConfig
 from fedspine.data.partition import partition_rows
@@ -62,6 +64,23 @@ def test_fewer_rows_than_shards_is_no_crash() -> None:
     """Seven rows for twelve shards: dealt out, or refused where a device would be left without."""
     with contextlib.suppress(DataError):
         assert_every_row_once(partition_rows(task(7), config("shards", min_classes=1)), 7)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+@pytest.mark.parametrize("devices", [1, 7, 40])
+def test_rows_are_those_that_the_partitioners_load(kind: str, devices: int) -> None:
+    """Partitions are read as row numbers; the partitioners' own data sets are slow, and say the same."""
+    made, run = task(1_001), config(kind, devices, min_classes=1, dirichlet_alpha=5.0, seed=3)
+    labels = made.train["label"].to_numpy()
+    order = np.random.default_rng([3, 13]).permutation(1_001) if kind == "iid" else np.arange(1_001)
+    partitioner = (
+        IidPartitioner(devices)
+        if kind == "iid"
+        else DirichletPartitioner(devices, "label", alpha=5.0, min_partition_size=0, seed=3)
+    )
+    partitioner.dataset = Dataset.from_dict({"row": order, "label": labels[order]})
+    for device, part in enumerate(partition_rows(made, run)):
+        np.testing.assert_array_equal(part, np.sort(partitioner.load_partition(device)["row"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,8 @@ from fedspine.errors import FederationError, ModelError
 from fedspine.federation import Exchange
 from fedspine.flower.client_app import make_client_app
 from fedspine.flower.engines import run_federation
+from fedspine.flower.exchange import GridExchange
+from fedspine.flower.ray_engine import NODES_PER_WORKER
 from fedspine.types import FAILED, TRAINED, TrainReply, TrainRequest
 from tests.flower import fakes
 
@@ -51,6 +53,18 @@ def test_ray_equals_inline(capfd: pytest.CaptureFixture[str]) -> None:
     assert (capfd.readouterr().out, leftovers()) == ("", before)
     changed = {name for name in os.environ if os.environ[name] != environment.get(name)}
     assert all(name.startswith("RAY_") for name in changed)  # importing Ray sets some of its own
+
+
+def test_a_few_nodes_stand_in_for_many_devices() -> None:
+    def run(exchange: Exchange) -> Any:
+        requests = [fakes.train_request(device) for device in range(0, 500, 9)]
+        assert isinstance(exchange, GridExchange)
+        return fakes.flat(exchange.train(requests, lambda _: None)), len(list(exchange._grid.get_node_ids()))
+
+    ray, nodes = run_federation(run, devices=500, engine="ray", client_app=APP)
+    inline, _ = run_federation(run, devices=500, engine="inline", client_app=APP)
+    assert ray == inline
+    assert nodes == NODES_PER_WORKER
 
 
 def test_a_dead_worker_is_a_failed_reply_and_is_replaced() -> None:
