@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Protocol
 
 from fedspine.aggregation import RULES
@@ -129,6 +130,7 @@ def run_rounds(
             replies = _exchange(federation, plan)
         with watch.part("aggregate"):
             state, record = finish_round(federation, state, history, plan, replies)
+        del plan, replies  # the adapters of all devices, twice: not beside those of the next round
         with watch.part("evaluate"):
             record = evaluate_round(federation, state, record)
         record = replace(record, wall=watch.seconds())
@@ -154,8 +156,9 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     key = (config.seed, round, 0, int(Purpose.POLICY))
     actions = federation.policy.suggest(round, candidates, pulls, key)
     took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)
+    adapters = cache(lambda structure, rank: narrow(state.arrays, structure, rank, shape))  # one for equal devices
     requests = tuple(
-        _request(federation, state, round, device, action, structure, took_part[device])
+        _request(federation, state, round, device, action, structure, took_part[device], adapters)
         for device, action, structure in zip(devices, actions, structures, strict=True)
     )
     return RoundPlan(round, floor_ratio(config, round), requests, tuple(before), tuple(probes))
@@ -242,6 +245,7 @@ def _request(
     action: Action,
     structure: Structure,
     participations: int,
+    adapters: Callable[[Structure, int], Arrays],
 ) -> TrainRequest:
     config, shape = federation.config, federation.shape
     scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, participations)
@@ -254,7 +258,7 @@ def _request(
         device=device,
         action=action,
         structure=structure,
-        arrays=narrow(state.arrays, structure, action.lora_rank, shape),
+        arrays=adapters(structure, action.lora_rank),
         scores=scores if config.cuts_per_round > 1 else None,
         settings=config.to_json(),
     )

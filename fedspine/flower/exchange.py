@@ -42,9 +42,8 @@ class GridExchange:
 
     `devices`: how many must have joined before the first request, within `connect_seconds`. `timeout_seconds`: how
     long to wait for the replies to one call; None waits without bound. `poll_seconds`: longest pause between two looks
-    for replies. `check_alive` is called in every pause and raises when no reply can come any more. `known`: called when
-    all have joined, gives the devices of nodes (by node id) that need not be asked which one they are. `at_once`: most
-    messages under way.
+    for replies. `check_alive` is called in every pause and raises when no reply can come any more. `stand_in`: the
+    nodes are `devices` places that any device of a larger federation takes in turn, so as many messages are under way.
     """
 
     def __init__(
@@ -56,8 +55,7 @@ class GridExchange:
         connect_seconds: float = 60.0,
         poll_seconds: float = 1.0,
         check_alive: Callable[[], None] = _always,
-        known: Callable[[], dict[int, int]] = dict,
-        at_once: float = math.inf,
+        stand_in: bool = False,
     ) -> None:
         self._grid = grid
         self._devices = devices
@@ -65,8 +63,7 @@ class GridExchange:
         self._connect_seconds = connect_seconds
         self._poll_seconds = poll_seconds
         self._check_alive = check_alive
-        self._known = known
-        self._at_once = at_once
+        self._stand_in = stand_in
         self._device_of_node: dict[int, int] = {}
 
     def probe(self, requests: Sequence[ProbeRequest]) -> list[Probe]:
@@ -119,7 +116,10 @@ class GridExchange:
     ) -> Iterator[tuple[int, Message | str]]:
         """Send contents to devices; yields (index, reply or why there is none) in order of arrival."""
         nodes = {device: node for node, device in self._connected().items()}
-        addressed = ((index, nodes.get(device), content) for index, (device, content) in enumerate(contents))
+        addressed = (
+            (index, nodes.get(index % self._devices if self._stand_in else device), content)
+            for index, (device, content) in enumerate(contents)
+        )
         yield from self._deliver(addressed, message_type)
 
     def _connected(self) -> dict[int, int]:
@@ -127,7 +127,6 @@ class GridExchange:
         present = set(self._grid.get_node_ids())
         if not self._device_of_node:
             present = self._await_nodes(present)
-            self._device_of_node = self._known()
         strangers = sorted(present - self._device_of_node.keys())
         contents = ((index, node, RecordDict()) for index, node in enumerate(strangers))
         reason = ""
@@ -173,7 +172,8 @@ class GridExchange:
         self, queue: Iterator[tuple[int, int | None, RecordDict]], waiting: dict[str, int], message_type: str
     ) -> Iterator[tuple[int, str]]:
         """Send until enough are waiting; yields (index, why not) of those that cannot be sent."""
-        while len(waiting) < self._at_once and (item := next(queue, None)) is not None:
+        most = self._devices if self._stand_in else math.inf
+        while len(waiting) < most and (item := next(queue, None)) is not None:
             index, node, content = item
             if node is None:
                 yield index, "the device is not connected"

@@ -45,8 +45,9 @@ T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory for messages: only those that are being handled lie there, one per worker."""
 POLL_SECONDS = 0.05
-MESSAGES_PER_WORKER = 8
-"""Under way at once: Flower's runtime looks for each of them at every node, over and over."""
+NODES_PER_WORKER = 16
+"""Flower's runtime looks for every message at every node, over and over: with a node for each of ten thousand devices
+that takes longer than the messages. A request says which device is meant, so nodes stand in for any of them."""
 LONGEST_TEMPORARY_PATH = 30
 """Ray's sockets add about 70 characters, and the path of a socket may have 107."""
 
@@ -59,7 +60,7 @@ def run_with_ray(
     threads: int,
     cluster: Cluster | None = None,
 ) -> T:
-    """Run `run` against `devices` virtual nodes in `workers` processes, or in those of a cluster, which stays up.
+    """Run `run` against `devices` virtual devices in `workers` processes, or in those of a cluster, which stays up.
 
     Errors: `FederationError` when Ray is in use already, does not start, or stops in between.
     """
@@ -78,26 +79,20 @@ def run_with_ray(
             # Workers on other machines inherit nothing from this process. A Ray of our own starts faster without it.
             variables = _variables(threads) | {"PYTHONPATH": os.pathsep.join(sys.path)}
             init = {"address": cluster.address, "runtime_env": {"env_vars": variables}}
-        runtime = _Runtime(app, devices, init, division)
+        nodes = min(devices, NODES_PER_WORKER * division.workers)
+        runtime = _Runtime(app, nodes, init, division)
         stack.callback(runtime.stop)
         grid = runtime.start()
-        exchange = GridExchange(
-            grid,
-            devices,
-            poll_seconds=POLL_SECONDS,
-            check_alive=runtime.check_alive,
-            known=lambda: _device_of_node(grid),
-            at_once=MESSAGES_PER_WORKER * division.workers,
-        )
-        return run(exchange)
+        alive = runtime.check_alive
+        return run(GridExchange(grid, nodes, poll_seconds=POLL_SECONDS, check_alive=alive, stand_in=True))
 
 
 class _Runtime:
     """The thread that runs Flower's simulation until `stop`."""
 
-    def __init__(self, app: ClientApp, devices: int, init: dict[str, Any], division: Division) -> None:
+    def __init__(self, app: ClientApp, nodes: int, init: dict[str, Any], division: Division) -> None:
         self._app = app
-        self._devices = devices
+        self._nodes = nodes
         self._init = init
         self._division = division
         self._grids: Queue[Grid] = Queue()
@@ -149,7 +144,7 @@ class _Runtime:
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-            run_simulation(server_app, self._app, self._devices, backend_config={"client_resources": resources})
+            run_simulation(server_app, self._app, self._nodes, backend_config={"client_resources": resources})
         except BaseException as error:  # of another thread: `check_alive` raises it where it can be seen
             self._crash = error
             self._finished.set()
@@ -171,14 +166,6 @@ def _local(workers: int, gpus: int, directory: str) -> dict[str, Any]:
 def _variables(threads: int) -> dict[str, str]:
     """Of a worker."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def _device_of_node(grid: Any) -> dict[int, int]:
-    """Flower numbers its virtual nodes as it creates them: to ask ten thousand of them would take minutes.
-
-    The first is left out, and so asked: whether the workers run the same code as this process.
-    """
-    return {node.node_id: device for device, node in enumerate(grid.state.get_node_info()) if device > 0}
 
 
 def _root_cause(error: BaseException | None) -> str:

@@ -21,6 +21,7 @@ from fedspine.flower.client_app import make_client_app
 from fedspine.flower.cluster import find_cluster
 from fedspine.flower.engines import run_federation
 from fedspine.flower.exchange import GridExchange
+from fedspine.flower.ray_engine import NODES_PER_WORKER
 from fedspine.types import FAILED, TRAINED, Probe, ProbeRequest, TrainReply, TrainRequest
 from tests.flower import fakes
 
@@ -74,14 +75,16 @@ def test_ray_equals_inline(capfd: pytest.CaptureFixture[str]) -> None:
     assert all(name.startswith("RAY_") for name in changed)  # importing Ray sets some of its own
 
 
-def test_nodes_need_not_be_asked_which_device_they_are() -> None:
-    def run(exchange: Exchange) -> None:
+def test_a_few_nodes_stand_in_for_many_devices() -> None:
+    def run(exchange: Exchange) -> Any:
+        requests = [fakes.train_request(device) for device in range(0, 500, 9)]
         assert isinstance(exchange, GridExchange)
-        asking = GridExchange(exchange._grid, 40)
-        assert exchange._connected() == asking._connected()
-        assert sorted(exchange._connected().values()) == list(range(40))
+        return fakes.flat(exchange.train(requests, lambda _: None)), len(list(exchange._grid.get_node_ids()))
 
-    run_federation(run, devices=40, engine="ray", client_app=APP)
+    ray, nodes = run_federation(run, devices=500, engine="ray", client_app=APP)
+    inline, _ = run_federation(run, devices=500, engine="inline", client_app=APP)
+    assert ray == inline
+    assert nodes == NODES_PER_WORKER
 
 
 def test_a_dead_worker_is_a_failed_reply_and_is_replaced() -> None:
