@@ -135,7 +135,7 @@ class RunConfig:
 
     # measuring
     target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)
-    eval_every: int = _key(5, "rounds between evaluations of the global model", min=1)
+    eval_every: int = _key(5, "rounds between evaluations of the global model, counted back from the last", min=1)
     eval_devices: int = _key(
         100, "devices, drawn by seed, whose own model is evaluated at the end; 0: all", min=0, max=1_000_000
     )

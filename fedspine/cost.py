@@ -2,8 +2,9 @@
 
 FLOPs follow the standard count for a transformer layer with frozen base weights and adapters: forward plus the
 gradient with respect to inputs is twice the forward; adapters add three times their own forward. Tokens are counted
-as `batch_size * max_length`, the static shape an edge runtime computes, so that a cost depends on the configuration
-alone.
+as `batch_size * max_length` in every layer, the static shape an edge runtime computes, so that a cost depends on the
+configuration alone. A simulation computes less: rows are padded to their batch's longest only, and the last layer of
+BERT-like classifiers computes the one token that the head reads.
 """
 
 from __future__ import annotations

@@ -203,11 +203,12 @@ def finish_round(
 
 
 def evaluate_round(federation: Federation, state: ServerState, record: RoundRecord) -> RoundRecord:
-    """Add the accuracy of the global model, when the round is one to evaluate."""
+    """Add the accuracy of the global model in the first round and in every `eval_every`-th, counted from the last."""
     config = federation.config
-    if record.round % config.eval_every == 0 or record.round in (1, config.rounds):
+    if record.round == 1 or (config.rounds - record.round) % config.eval_every == 0:
         now = federation.evaluate(state.consensus, state.arrays)
-        smooth = federation.evaluate(state.consensus, state.averaged)
+        same = state.averaged is state.arrays  # in the first round
+        smooth = now if same else federation.evaluate(state.consensus, state.averaged)
         record = replace(
             record,
             accuracy=now.accuracy,

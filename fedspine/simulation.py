@@ -89,9 +89,10 @@ def simulate(
     Errors: subclasses of `FedSpineError`, before anything is written.
     """
     began = time.perf_counter()
-    if engine == "auto" and address is not None:
-        engine = "ray"
-    check_engine("inline" if engine == "auto" else engine, workers, address)
+    automatic = engine == "auto"
+    if automatic:
+        engine = "ray" if address is not None else "inline"  # until the configuration is known
+    check_engine(engine, workers, address)
     if resume is not None:
         if config is not None or out is not None or keys:
             raise ConfigError("resume continues a run as it was configured: leave out config, out and keys")
@@ -105,7 +106,8 @@ def simulate(
         _check_paths(config)
         cluster = find_cluster(address, workers, config.torch_device == "cuda")
         workers = cluster.division.workers
-    engine = fastest_engine(config, workers or 1) if engine == "auto" else engine
+    elif automatic:
+        engine = fastest_engine(config, workers or 1)
     workers = (workers or 1) if engine == "ray" else 1
     observer = observer or Silent()
     workbench.cache_clear()  # files may have changed since the last run of this process

@@ -55,8 +55,9 @@ def test_flops_of_a_cut_model_by_hand() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("structure", [FULL, HALF, uneven_structure(SHAPE)], ids=["full", "half", "uneven"])
+@pytest.mark.parametrize("rank", [1, 4])
 def test_forward_flops_are_those_of_the_real_model(
-    monkeypatch: pytest.MonkeyPatch, structure: Structure, family: str
+    monkeypatch: pytest.MonkeyPatch, structure: Structure, family: str, rank: int
 ) -> None:
     """PyTorch counts the matrix products of the cut model; pooler and task head are no part of the formula.
 
@@ -64,7 +65,7 @@ def test_forward_flops_are_those_of_the_real_model(
     """
     monkeypatch.setitem(FAMILIES, family, replace(family_of(family), first_token=None))
     resident = tiny_resident(family, rank=4, attn_implementation="eager")
-    resident.mount(structure, narrow(random_arrays(resident, 4), structure, 4, resident.shape))
+    resident.mount(structure, narrow(random_arrays(resident, 4), structure, rank, resident.shape))
     batch = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
@@ -72,7 +73,7 @@ def test_forward_flops_are_those_of_the_real_model(
     pooler_and_head = 2 * 2 * (24 * 24 + 24 * 3) if family in ENCODERS else 2 * 2 * 9 * 24 * 3
     workload, counts = replace(WORKLOAD, shape=resident.shape), structure.counts()
     base = workload.iteration_flops(counts, 0) / 2
-    adapters = (workload.iteration_flops(counts, 4) - workload.iteration_flops(counts, 0)) / 3
+    adapters = (workload.iteration_flops(counts, rank) - workload.iteration_flops(counts, 0)) / 3
     assert counter.get_total_flops() == base + adapters + pooler_and_head
 
 
@@ -81,9 +82,9 @@ def test_work_is_proportional_to_iterations_and_texts() -> None:
     assert replace(WORKLOAD, batch_size=4).round_flops(HALF, 4) == 2 * WORKLOAD.round_flops(HALF, 4)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "o", "up"), ("q", "v", "o", "up", "down")])
-@pytest.mark.parametrize("rank", [1, 6])
+@pytest.mark.parametrize("rank", [1, 4, 6])
 def test_bytes_are_those_of_the_real_adapters(family: str, targets: tuple[str, ...], rank: int) -> None:
     resident = tiny_resident(family, targets)
     workload = replace(WORKLOAD, shape=resident.shape)

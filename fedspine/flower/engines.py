@@ -65,7 +65,7 @@ def run_federation(
 def check_engine(engine: str, workers: int | None, address: str | None = None) -> None:
     """Errors: `ConfigError` for an unknown engine or number of workers, or an address that is none or of no use."""
     if engine not in ENGINES:
-        raise ConfigError(f"engine = {engine!r}: must be one of {', '.join(ENGINES)}")
+        raise ConfigError(f"engine = {engine!r}: must be one of auto, {', '.join(ENGINES)}")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers = {workers}: must be at least 1")
     if address is not None:

@@ -231,9 +231,9 @@ def _first_token_attention(
 
 
 def _to(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Store and compute in `dtype`. The fused attention of CPUs is several times slower in anything but float32."""
+    """Store and compute in `dtype`. The fused attention of CPUs is several times slower in bfloat16."""
     model.to(device, dtype)
-    if device.type == "cpu" and dtype != torch.float32 and isinstance(model, PreTrainedModel):
+    if device.type == "cpu" and dtype == torch.bfloat16 and isinstance(model, PreTrainedModel):
         model.set_attn_implementation("eager")
 
 

@@ -44,7 +44,8 @@ def test_shared_data_is_found_as_it_was(pairs: bool) -> None:
         found = find("settings")
         assert found is not None
         assert_same(found, small(pairs))
-        assert os.environ[FOLDER_VARIABLE] in Path("/proc/self/maps").read_text()
+        if (maps := Path("/proc/self/maps")).exists():  # on Linux one can see that nothing was copied
+            assert os.environ[FOLDER_VARIABLE] in maps.read_text()
         folder = os.environ[FOLDER_VARIABLE]
     assert not os.path.exists(folder)
     assert FOLDER_VARIABLE not in os.environ

@@ -61,11 +61,19 @@ def two_rounds(exchange: Exchange) -> Any:
     return fakes.flat([replies, probes, evaluations]), sorted(seen)
 
 
+@pytest.fixture
+def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where no other run of this machine leaves anything. Short: Ray's sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
 def leftovers() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("fs-*"))
 
 
-def test_ray_equals_inline(capfd: pytest.CaptureFixture[str]) -> None:
+def test_ray_equals_inline(capfd: pytest.CaptureFixture[str], own_temporary_folder: None) -> None:
     environment, before = dict(os.environ), leftovers()
     inline = run_federation(two_rounds, devices=6, engine="inline", client_app=APP)
     ray = run_federation(two_rounds, devices=6, engine="ray", workers=2, client_app=APP)

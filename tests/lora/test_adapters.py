@@ -41,36 +41,45 @@ def test_start_leaves_the_function_unchanged() -> None:
 def test_parity_with_peft(family: str) -> None:
     """A mounted model gives the logits and the gradients of stock PEFT around the stock model.
 
-    Also where only the first token leaves the last layer's attention.
+    Also where only the first token leaves the last layer's attention. In float64, so that the bounds need not allow for
+    another order of sums.
     """
-    resident = ResidentModel(tiny_model(family), family, TARGETS, 6, 2.0)
+    resident = ResidentModel(tiny_model(family), family, TARGETS, 6, 2.0, torch.float64)
     shape, batch, labels, rank = resident.shape, tokens(), torch.tensor([0, 1, 2]), 3
     arrays = narrow(random_arrays(resident), Structure.full(shape), rank, shape)
     resident.mount(Structure.full(shape), arrays)
     stock = get_peft_model(
         tiny_model(family), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[m.name for m in shape.modules])
-    )
+    ).double()
     for module in shape.modules:
         layer = stock.base_model.model.get_submodule(module.name)
-        layer.lora_A["default"].weight.data = torch.from_numpy(arrays[f"{module.name}.A"].copy())
-        layer.lora_B["default"].weight.data = torch.from_numpy(arrays[f"{module.name}.B"].copy())
+        layer.lora_A["default"].weight.data = torch.from_numpy(arrays[f"{module.name}.A"]).double()
+        layer.lora_B["default"].weight.data = torch.from_numpy(arrays[f"{module.name}.B"]).double()
     for model in (resident.model, stock):
         torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
-    torch.testing.assert_close(resident.model(**batch).logits, stock(**batch).logits, rtol=1e-5, atol=1e-5)
+    logits = resident.model(**batch).logits.double()  # of a head in float32
+    torch.testing.assert_close(logits, stock(**batch).logits, rtol=0, atol=1e-6)
     for module in shape.modules:
         layer = stock.base_model.model.get_submodule(module.name)
         for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
-            ours, theirs = resident.parameters[f"{module.name}.{side}"].grad, part["default"].weight.grad
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+            ours = resident.parameters[f"{module.name}.{side}"].grad
+            assert ours is not None
+            torch.testing.assert_close(ours.double(), part["default"].weight.grad, rtol=1e-5, atol=1e-7)
+
+
+MILDER = {"distilbert": (0.3, 0.5), "llama": (0.3, 0.5), "qwen2": (0.3, 0.5)}
+"""Spread of the weights and scale of the adapters where a merge of large adapters into weights of eight bits of
+precision moves these tiny models' logits, which are of order 1, by more than the bound."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_float32_to_its_precision(family: str) -> None:
     """Frozen weights and arithmetic in bfloat16; what trains, and what is sent, in float32."""
+    spread, scale = MILDER.get(family, (0.3, 2.0))
     batch, labels = tokens(), torch.tensor([0, 1, 2])
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        resident = ResidentModel(tiny_model(family, initializer_range=0.1), family, TARGETS, 6, 0.5, dtype)
+        resident = ResidentModel(tiny_model(family, initializer_range=spread), family, TARGETS, 6, scale, dtype)
         arrays = random_arrays(resident)
         resident.mount(Structure.full(resident.shape), arrays)
         logits = resident.model(**batch).logits
