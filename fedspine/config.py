@@ -59,13 +59,22 @@ class RunConfig:
     method: str = _key("fedspine", _METHOD_HELP, *METHODS)
     seed: int = _key(0, "seed of everything that is drawn", min=0, max=2**31 - 1)
 
-    # model and data
+    # model, task and data
+    task: str = _key(
+        "classification", "a class for every text, or the next token: of plain text, or of responses to instructions",
+        "classification", "causal-lm",
+    )  # fmt: skip
     model: str = _key("all-MiniLM-L6-v2", "the embedded encoder, a local folder, or a hub name")
     data: str = _key("embedded", "embedded, a file, a folder with train and dev/test files, or a hub name")
     text_column: str = _key("", "column with the text; empty: found by its usual names")
     text_pair_column: str = _key("", "column with the second text of a pair; empty: found, or none")
     label_column: str = _key("", "column with the label; empty: found by its usual names")
-    max_length: int = _key(32, "tokens per text; longer ones are cut", min=4, max=8192)
+    instruction_column: str = _key("", "task=causal-lm: column with the instruction; empty: found, or none")
+    context_column: str = _key("", "task=causal-lm: column with what belongs to the instruction; empty: found, or none")
+    response_column: str = _key(
+        "", "task=causal-lm: column with the response, on which alone the loss is taken; empty: found, or plain text"
+    )
+    max_length: int = _key(32, "tokens per text; longer ones are cut, plain text of task=causal-lm into several", min=4, max=8192)
     eval_examples: int = _key(0, "rows of the evaluation set to use, drawn once by seed; 0: all", min=0)
 
     # federation
@@ -135,6 +144,11 @@ class RunConfig:
 
     # measuring
     target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)
+    generate_examples: int = _key(
+        0, "task=causal-lm with responses: evaluation rows that the final model answers, for ROUGE-L and exact match",
+        min=0, max=100_000,
+    )  # fmt: skip
+    generate_tokens: int = _key(64, "most tokens of such an answer", min=1, max=8192)
     eval_every: int = _key(5, "rounds between evaluations of the global model, counted back from the last", min=1)
     eval_devices: int = _key(
         100, "devices, drawn by seed, whose own model is evaluated at the end; 0: all", min=0, max=1_000_000

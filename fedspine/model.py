@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from fedspine.config import RunConfig
 from fedspine.errors import ModelError
-from fedspine.pruning.families import family_of
+from fedspine.pruning.families import decoders, family_of
 
 EMBEDDED = "all-MiniLM-L6-v2"
 EMBEDDED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -56,7 +62,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: RunConfig, classes: int, pad_id: int | None = None) -> tuple[nn.Module, str]:
-    """The model in float32 and its family name. A task head that does not fit is replaced, seeded.
+    """The model in float32 and its family name. A classifier's head that does not fit is replaced, seeded.
 
     `pad_id`: the tokenizer's; a decoder's head reads the last token that is another, so texts are padded on the right.
     Dropout is off: short local rounds are noisy enough, and results stay comparable across structures.
@@ -64,12 +70,17 @@ def load_model(config: RunConfig, classes: int, pad_id: int | None = None) -> tu
     """
     if config.torch_device == "cuda" and not torch.cuda.is_available():
         raise ModelError("torch_device = 'cuda': torch finds no CUDA device here; use torch_device = 'cpu'")
-    source = model_source(config.model)
+    source, language = model_source(config.model), config.task == "causal-lm"
     _quiet()
     try:
-        settings: Any = AutoConfig.from_pretrained(source, num_labels=classes)
+        settings: Any = AutoConfig.from_pretrained(source, **({} if language else {"num_labels": classes}))
     except (OSError, ValueError) as error:
         raise _not_loadable(config.model, error) from None
+    if language and not family_of(settings.model_type).decoder:
+        raise ModelError(
+            f"model = '{config.model}': family '{settings.model_type}' is an encoder, and task = 'causal-lm' needs a "
+            f"decoder ({', '.join(decoders())}); choose one, or task = 'classification'"
+        )
     family_of(settings.model_type)
     for name in _DROPOUTS:
         if hasattr(settings, name):
@@ -85,7 +96,7 @@ def load_model(config: RunConfig, classes: int, pad_id: int | None = None) -> tu
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            model, loaded = (AutoModelForCausalLM if language else AutoModelForSequenceClassification).from_pretrained(
                 source,
                 config=settings,
                 dtype=torch.float32,
@@ -96,9 +107,11 @@ def load_model(config: RunConfig, classes: int, pad_id: int | None = None) -> tu
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _not_loadable(config.model, error) from None
     names = (str(key[0]) for key in loaded["mismatched_keys"])
-    misfits = sorted(name for name in names if name.startswith(f"{model.base_model_prefix}."))
-    if misfits:  # only a head may be of another size
+    misfits = sorted(name for name in names if language or name.startswith(f"{model.base_model_prefix}."))
+    if misfits:  # only a classifier's head may be of another size
         raise _not_loadable(config.model, OSError(f"the size of {misfits[0]} is not what its config.json says."))
+    if language and (absent := sorted(map(str, loaded["missing_keys"]))):
+        raise _not_loadable(config.model, OSError(f"it holds no {absent[0]}, which task = 'causal-lm' needs."))
     return model.eval(), settings.model_type
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fedspine.lora.adapters import HEAD, kept_features
 from fedspine.lora.layer import ADAPTER, with_fused_lora
-from fedspine.pruning.families import describe, family_of, head_counters, projections
+from fedspine.pruning.families import describe, family_of, head_counters, head_of, projections
 from fedspine.structure import ModelShape, ModuleShape, Structure
 from fedspine.types import Array, Arrays
 
@@ -47,7 +47,7 @@ class ResidentModel:
         self.shape: ModelShape = describe(model, family, targets)
         self.scale = scale
         self.device = torch.device(device)
-        paths = family_of(family).head
+        paths = head_of(model, family)
         heads = {HEAD if len(paths) == 1 else f"{HEAD}{path}.": model.get_submodule(path) for path in paths}
         self._start = {
             prefix + name: value.detach().numpy().copy()

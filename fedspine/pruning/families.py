@@ -47,7 +47,9 @@ class Family:
     roles: Mapping[str, str]
     """Role (of `ROLES`) to the linear layer's path inside a transformer layer."""
     head: tuple[str, ...]
-    """The modules of the task head, which are trained next to the adapters, from the top of the model."""
+    """The modules of the classifier's head, which are trained next to the adapters, from the top of the model."""
+    decoder: bool = False
+    """Whether it is also a causal language model; the head of that one stays frozen."""
     first_token: tuple[str, str] | None = None
     """Where the head reads the first token only: the attention, and the module that adds its output to its input."""
     head_by_head: bool = False
@@ -101,15 +103,15 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family("roberta.encoder.layer", _BERT_ROLES, ("classifier",), _BERT_FIRST_TOKEN),
     "xlm-roberta": Family("roberta.encoder.layer", _BERT_ROLES, ("classifier",), _BERT_FIRST_TOKEN),
     "distilbert": Family("distilbert.transformer.layer", _DISTILBERT_ROLES, ("pre_classifier", "classifier")),
-    "llama": Family("model.layers", _LLAMA_ROLES, ("score",)),
-    "qwen2": Family("model.layers", _LLAMA_ROLES, ("score",)),
-    "qwen3": Family("model.layers", _LLAMA_ROLES, ("score",)),
-    "mistral": Family("model.layers", _LLAMA_ROLES, ("score",)),
-    "gemma": Family("model.layers", _LLAMA_ROLES, ("score",)),
-    "gemma2": Family("model.layers", _LLAMA_ROLES, ("score",)),
-    "gemma3_text": Family("model.layers", _LLAMA_ROLES, ("score",)),
-    "phi3": Family("model.layers", _PHI3_ROLES, ("score",), head_counts=_PHI3_HEAD_COUNTS),
-    "gpt_neox": Family("gpt_neox.layers", _NEOX_ROLES, ("score",), head_by_head=True),
+    "llama": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
+    "qwen2": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
+    "qwen3": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
+    "mistral": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
+    "gemma": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
+    "gemma2": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
+    "gemma3_text": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
+    "phi3": Family("model.layers", _PHI3_ROLES, ("score",), decoder=True, head_counts=_PHI3_HEAD_COUNTS),
+    "gpt_neox": Family("gpt_neox.layers", _NEOX_ROLES, ("score",), decoder=True, head_by_head=True),
 }
 """By `model_type` of the transformers configuration."""
 
@@ -122,6 +124,17 @@ def family_of(model_type: str) -> Family:
             "To add one, write an entry in fedspine/pruning/families.py: the paths of its layers, projections and head"
         )
     return FAMILIES[model_type]
+
+
+def decoders() -> list[str]:
+    """The families that can be causal language models."""
+    return [name for name, family in FAMILIES.items() if family.decoder]
+
+
+def head_of(model: nn.Module, model_type: str) -> tuple[str, ...]:
+    """The modules of the task head that are trained: none of a language model."""
+    family = family_of(model_type)
+    return () if family.decoder and not hasattr(model, family.head[0]) else family.head
 
 
 def projections(model: nn.Module, model_type: str) -> list[ModuleShape]:
@@ -184,7 +197,7 @@ def describe(model: nn.Module, model_type: str, targets: tuple[str, ...]) -> Mod
         channel_parameters=channel_weights + channel_biases,
         channel_weights=channel_weights,
         total_parameters=sum(p.numel() for p in model.parameters()),
-        head_bytes=4 * sum(p.numel() for path in family.head for p in model.get_submodule(path).parameters()),
+        head_bytes=4 * sum(p.numel() for path in head_of(model, model_type) for p in model.get_submodule(path).parameters()),
         modules=tuple(module for module in modules if module.role in adapted.values()),
     )
 
