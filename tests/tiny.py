@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from fedspine.lora.resident import ResidentModel
 from fedspine.structure import ModelShape, Structure
@@ -66,6 +66,14 @@ def tiny_model(family: str = "bert", seed: int = 0, **settings: object) -> nn.Mo
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def tiny_language_model(family: str = "llama", seed: int = 0, **settings: object) -> nn.Module:
+    """The same as a causal language model, of a decoder's family."""
+    config = tiny_config(family, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
 
 
 def tiny_resident(
