@@ -4,6 +4,7 @@ import fedspine
 run = fedspine.simulate(devices=20, sampled=5, rounds=10)
 run.summary["device_accuracy_mean"]
 fedspine.schedule(devices=1_000_000, sampled=100).summary["progress_per_virtual_second"]  # the scheduler alone
+fedspine.bench("all-MiniLM-L6-v2").model.latency
 """
 
 from __future__ import annotations
@@ -14,11 +15,22 @@ from fedspine.config import RunConfig
 from fedspine.errors import FedSpineError
 
 if TYPE_CHECKING:
+    from fedspine.benchmark import BenchResult, bench
     from fedspine.schedule_only import ScheduleResult, schedule
     from fedspine.simulation import RunResult, simulate
 
 __version__ = "0.1.0"
-__all__ = ["FedSpineError", "RunConfig", "RunResult", "ScheduleResult", "__version__", "schedule", "simulate"]
+__all__ = [
+    "BenchResult",
+    "FedSpineError",
+    "RunConfig",
+    "RunResult",
+    "ScheduleResult",
+    "__version__",
+    "bench",
+    "schedule",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,4 +43,8 @@ def __getattr__(name: str) -> Any:
         from fedspine import schedule_only
 
         return getattr(schedule_only, name)
+    if name in ("BenchResult", "bench"):
+        from fedspine import benchmark
+
+        return getattr(benchmark, name)
     raise AttributeError(f"module 'fedspine' has no attribute {name!r}")
