@@ -25,7 +25,7 @@ def load_model(path_or_name: str | Path) -> PreTrainedModel:
     source = model_source(str(path_or_name))
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(source, use_safetensors=True).eval()  # type: ignore[no-any-return]
+    return kind.from_pretrained(source, use_safetensors=True).eval()
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def load(subject: Subject, device: str, dtype: str) -> PreTrainedModel:
         raise _not_loadable(subject.name, error) from None
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = 0  # a decoder's classifier looks for it in a batch
-    return model.eval().to(device=device, dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
+    return model.eval().to(device=device, dtype=getattr(torch, dtype))
 
 
 def random_tokens(subjects: Sequence[Subject], batch: int, length: int, device: str) -> dict[str, torch.Tensor]:
