@@ -4,6 +4,8 @@ import fedspine
 run = fedspine.simulate(devices=20, sampled=5, rounds=10)
 run.summary["device_accuracy_mean"]
 fedspine.schedule(devices=1_000_000, sampled=100).summary["progress_per_virtual_second"]  # the scheduler alone
+fedspine.export(run.directory, out="model", merge=True)
+model = fedspine.load_model("model")
 """
 
 from __future__ import annotations
@@ -14,11 +16,24 @@ from fedspine.config import RunConfig
 from fedspine.errors import FedSpineError
 
 if TYPE_CHECKING:
+    from fedspine.artifact import load_model
+    from fedspine.exporting import ExportResult, export
     from fedspine.schedule_only import ScheduleResult, schedule
     from fedspine.simulation import RunResult, simulate
 
 __version__ = "0.1.0"
-__all__ = ["FedSpineError", "RunConfig", "RunResult", "ScheduleResult", "__version__", "schedule", "simulate"]
+__all__ = [
+    "ExportResult",
+    "FedSpineError",
+    "RunConfig",
+    "RunResult",
+    "ScheduleResult",
+    "__version__",
+    "export",
+    "load_model",
+    "schedule",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,4 +46,12 @@ def __getattr__(name: str) -> Any:
         from fedspine import schedule_only
 
         return getattr(schedule_only, name)
+    if name in ("ExportResult", "export"):
+        from fedspine import exporting
+
+        return getattr(exporting, name)
+    if name == "load_model":
+        from fedspine.artifact import load_model
+
+        return load_model
     raise AttributeError(f"module 'fedspine' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from fedspine.lora.resident import ResidentModel
 from fedspine.structure import ModelShape, Structure
@@ -56,12 +56,12 @@ def tiny_config(family: str, **settings: object) -> PretrainedConfig:
     return AutoConfig.for_model(family, **{**_SIZES, **TINY[family], **settings})
 
 
-def tiny_model(family: str = "bert", seed: int = 0, **settings: object) -> nn.Module:
-    """Two layers with random weights."""
+def tiny_model(family: str = "bert", seed: int = 0, language: bool = False, **settings: object) -> nn.Module:
+    """Two layers with random weights: a classifier, or a language model."""
     config = tiny_config(family, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(config).eval()
+        model = (AutoModelForCausalLM if language else AutoModelForSequenceClassification).from_config(config).eval()
         for parameter in model.parameters():  # biases start at zero, which would hide errors in cutting them
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
@@ -101,6 +101,15 @@ def uneven_structure(shape: ModelShape, seed: int = 0) -> Structure:
         heads[rng.choice(shape.heads, 1 + layer % shape.heads, replace=False)] = True
         channels[rng.choice(shape.channels, shape.channels // 2 - 3 * layer, replace=False)] = True
         masks.append((heads, channels))
+    return Structure.from_masks(masks)
+
+
+def even_structure(shape: ModelShape, heads: int = 2, channels: int = 20, seed: int = 0) -> Structure:
+    """The same number of heads and channels in every layer, others in each."""
+    rng = np.random.default_rng(seed)
+    masks = []
+    for _ in range(shape.layers):
+        masks.append((rng.permutation(shape.heads) < heads, rng.permutation(shape.channels) < channels))
     return Structure.from_masks(masks)
 
 
