@@ -168,11 +168,15 @@ def main() -> None:
         figures[mode] = {
             "ratio": run / bare,
             "ratio_without_evaluation": (run - evaluate) / bare,
+            "ratio_by_round": [mine / other for mine, other in zip(loop.run_seconds, loop.seconds, strict=True)],
             "run_seconds": run,
             "bare_seconds": bare,
         }
+        rounds = statistics.quantiles(figures[mode]["ratio_by_round"], n=4) if options.rounds > 1 else []
         print(
-            f"{mode:18s} {run / bare:5.2f} x the bare float32 loop ({(run - evaluate) / bare:.2f} without evaluation)"
+            f"{mode:18s} {run / bare:5.2f} x the bare float32 loop ({(run - evaluate) / bare:.2f} without evaluation"
+            + (f"; rounds: quartiles {', '.join(f'{ratio:.2f}' for ratio in rounds)})" if rounds else ")"),
+            flush=True,
         )
     sparse = sparse_ratio(load_config(None, {**overrides, "dtype": "float32"}))
     figures["dense over 50 % sparsity"] = sparse

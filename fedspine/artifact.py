@@ -174,7 +174,7 @@ def _load_stock(source: str) -> PreTrainedModel:
         raise _not_loadable(source, error) from None
     if absent := sorted(map(str, info["missing_keys"])):
         raise ModelError(f"'{source}' cannot be loaded: its weights hold no '{absent[0]}', which {architecture} needs")
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _is_model(kind: object) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fedspine.config import RunConfig
 from fedspine.cost import Workload, workload_of
 from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
+from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
@@ -47,6 +48,8 @@ from fedspine.types import (
 
 EVALUATION_BATCH = 64
 PROBE_PART = 8
+MOST_LOGITS = 2**25
+"""That an evaluation batch of a language model may have: 128 MB in float32."""
 DEVICES_KEPT = 128
 """Devices whose rows stay tokenized in a process."""
 
@@ -71,6 +74,11 @@ class Workbench:
     @property
     def workload(self) -> Workload:
         return workload_of(self.config, self.shape)
+
+    def evaluation_batches(self, rows: Encoded, most: int = EVALUATION_BATCH) -> Iterator[Batch]:
+        """Every row once, at most `most` together."""
+        logits_of_row = self.config.max_length * max(1, self.shape.vocabulary)
+        return evaluation_batches(rows, max(1, min(most, MOST_LOGITS // logits_of_row)), self.pad_id)
 
 
 def configure_threads(threads: int) -> None:
@@ -104,7 +112,8 @@ def workbench(settings: str) -> Workbench:
 
     def tokens(rows: Rows, index: NDArray[np.int64]) -> Encoded:
         pairs = rows.pairs.take(index) if rows.pairs else None
-        return encode(tokenizer, rows.texts.take(index), pairs, rows.labels[index], config.max_length)
+        encoder = encode_language if config.task == "causal-lm" else encode
+        return encoder(tokenizer, rows.texts.take(index), pairs, rows.labels[index], config.max_length)
 
     return Workbench(
         config=config,
@@ -214,7 +223,7 @@ def probe_batch(local: Local, bench: Workbench) -> list[Batch]:
     """
     rng = generator(bench.config.seed, 0, local.request.device, Purpose.PROBE_BATCH)
     rows = balanced_sample(local.data.labels, bench.config.probe_examples, rng)
-    return list(evaluation_batches(local.data.take(rows), PROBE_PART, bench.pad_id))
+    return list(bench.evaluation_batches(local.data.take(rows), PROBE_PART))
 
 
 def _tuned(local: Local, bench: Workbench, watch: Stopwatch) -> TrainReply:
@@ -262,7 +271,7 @@ def evaluate_device(request: EvaluateRequest) -> EvaluateReply:
     bench = workbench(request.settings)
     configure_threads(bench.config.threads)
     bench.resident.mount(request.structure, request.arrays, merge=True)
-    accuracy, loss, _ = evaluate(bench.resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id))
+    accuracy, loss, _ = evaluate(bench.resident, bench.evaluation_batches(bench.test))
     return EvaluateReply(request.device, len(bench.test), accuracy, loss)
 
 

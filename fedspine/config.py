@@ -74,7 +74,9 @@ class RunConfig:
     response_column: str = _key(
         "", "task=causal-lm: column with the response, on which alone the loss is taken; empty: found, or plain text"
     )
-    max_length: int = _key(32, "tokens per text; longer ones are cut, plain text of task=causal-lm into several", min=4, max=8192)
+    max_length: int = _key(
+        32, "tokens per text; longer ones are cut, plain text of task=causal-lm into several", min=4, max=8192
+    )
     eval_examples: int = _key(0, "rows of the evaluation set to use, drawn once by seed; 0: all", min=0)
 
     # federation

@@ -53,6 +53,7 @@ class Workload:
             kept = (heads if module.unit == "heads" else channels) * module.unit_size
             other = module.d_in if module.axis == "rows" else module.d_out
             adapters += 2 * tokens * rank * (kept + other)
+        base += 2 * tokens * shape.hidden * shape.vocabulary
         return 2 * base + 3 * adapters
 
     def round_flops(self, structure: Structure, rank: int) -> float:
@@ -61,9 +62,9 @@ class Workload:
 
     def planned_flops(self, ratio: Number, rank: Number) -> Number:
         """The same for a pruning ratio that is spread evenly over layers, heads and channels; also of arrays."""
-        base, cut, uncut = self._flops_terms
+        fixed, base, cut, uncut = self._flops_terms
         keep = 1.0 - ratio
-        return base * keep + rank * (cut * keep + uncut)
+        return fixed + base * keep + rank * (cut * keep + uncut)
 
     def adapter_bytes(self, ratio: Number, rank: Number) -> Number:
         """Bytes of the float32 adapters and head at an evenly spread pruning ratio, one way; also of arrays."""
@@ -102,19 +103,21 @@ class Workload:
         keep = 1.0 - sparsity
         adapters = 4 * self.adapter_bytes(1.0 - keep, rank)
         values = shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * shape.queries * self.length
+        values += 2 * shape.vocabulary  # logits and their gradient
         activations = FLOAT_BYTES * tokens * values
         return weights + adapters + activations
 
     @cached_property
-    def _flops_terms(self) -> tuple[float, float, float]:
-        """FLOPs of a round are base * keep + rank * (cut * keep + uncut): the formula at three points."""
+    def _flops_terms(self) -> tuple[float, float, float, float]:
+        """FLOPs of a round are fixed + base * keep + rank * (cut * keep + uncut): the formula at four points."""
 
         def at(keep: float, rank: int) -> float:
             even = ((self.shape.heads * keep, self.shape.channels * keep),) * self.shape.layers
             return self.local_iterations * self.iteration_flops(even, rank)
 
-        base, uncut = at(1.0, 0), at(0.0, 1)
-        return base, at(1.0, 1) - base - uncut, uncut
+        fixed = at(0.0, 0)
+        base, uncut = at(1.0, 0) - fixed, at(0.0, 1) - fixed
+        return fixed, base, at(1.0, 1) - fixed - base - uncut, uncut
 
     @cached_property
     def _adapter_terms(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from fedspine.artifact import ADAPTER, assembled, load_model, save_adapter, save_model
 from fedspine.checkpoint import FILE, load_state
-from fedspine.client_round import EVALUATION_BATCH, Workbench, workbench
+from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig, load_config
 from fedspine.data.encode import evaluation_batches
 from fedspine.errors import CheckpointError, ConfigError
@@ -189,7 +189,7 @@ def _measured(bench: Workbench, model: nn.Module, file_bytes: int) -> Measured:
     """Loss and accuracy on the evaluation set, and size and latency beside the uncut base."""
     resident = copy(bench.resident)
     resident.model = model  # evaluated as what was mounted would be
-    accuracy, loss, *_ = evaluate(resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id))
+    accuracy, loss, *_ = evaluate(resident, bench.evaluation_batches(bench.test))
     base, _ = load_base(bench.config, len(bench.data.classes), bench.pad_id)
     row = _median_row(bench)
     inputs = tensors(next(evaluation_batches(row, 1, bench.pad_id)), torch.device("cpu"))

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from fedspine.checkpoint import FILE, load_state, save_state
-from fedspine.client_round import EVALUATION_BATCH, Workbench, configure_threads, workbench
+from fedspine.client_round import Workbench, configure_threads, workbench
 from fedspine.config import RunConfig, configured, load_config
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
-from fedspine.data.encode import evaluation_batches, training_batches
+from fedspine.data.encode import training_batches
 from fedspine.data.prepared import shared
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.errors import CheckpointError, ConfigError
@@ -36,6 +36,7 @@ from fedspine.federation import (
 from fedspine.final import evaluate_devices, prune_everyone
 from fedspine.flower.cluster import find_cluster
 from fedspine.flower.engines import check_engine, run_federation
+from fedspine.generation import check_metrics, language_figures
 from fedspine.group_round import check_groupable, groupable
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.pruning.select import check_reachable
@@ -163,17 +164,23 @@ class _Run:
     peak: PeakMemory
 
     def check(self) -> None:
-        """Errors: `ModelError` when the target sparsity cannot be reached."""
+        """Errors: `ModelError` when the target sparsity cannot be reached, or answers cannot be measured."""
         check_reachable(self.config.target_sparsity, self.bench.shape)
+        if self.config.generate_examples:
+            check_metrics(self.bench.data)
 
     def fresh(self) -> tuple[ServerState, tuple[RoundRecord, ...]]:
         """A new run directory and the state before round 1."""
         config, shape = self.config, self.bench.shape
         self.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(self.directory / "config.toml", config.to_toml().encode())
-        arrays = start_adapters(shape, config.max_rank, generator(config.seed, 0, 0, Purpose.ADAPTERS))
-        arrays |= self.bench.resident.head_arrays()
+        arrays = self._start()
         return ServerState(0, arrays, arrays, Structure.full(shape)), ()
+
+    def _start(self) -> Arrays:
+        """Adapters that change nothing yet, and the head as it was loaded."""
+        rng = generator(self.config.seed, 0, 0, Purpose.ADAPTERS)
+        return start_adapters(self.bench.shape, self.config.max_rank, rng) | self.bench.resident.head_arrays()
 
     def restored(self) -> tuple[ServerState, tuple[RoundRecord, ...]]:
         """The state of the last checkpoint, and the records up to it."""
@@ -247,6 +254,9 @@ class _Run:
             startup_seconds=startup_seconds,
             peak_rss_bytes=self.peak.bytes,
         )
+        if config.task == "causal-lm":
+            losses = [reply.loss for reply in devices]
+            summary |= language_figures(bench, self._evaluate, self._start(), state, finished, losses)
         write_atomically(self.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         draw_curves(finished, config, self._device_types(), self.directory / "curves.png")
         return RunResult(self.directory, summary, finished)
@@ -256,8 +266,7 @@ class _Run:
         config, bench = self.config, self.bench
         workload = bench.workload
         full = Structure.full(bench.shape)
-        arrays = start_adapters(bench.shape, config.max_rank, generator(config.seed, 0, 0, Purpose.ADAPTERS))
-        bench.resident.mount(full, narrow(arrays | bench.resident.head_arrays(), full, config.fixed_rank, bench.shape))
+        bench.resident.mount(full, narrow(self._start(), full, config.fixed_rank, bench.shape))
         optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
         rng = generator(config.seed, 0, 0, Purpose.BATCHES)
         batches = list(training_batches(bench.of_device(0), config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
@@ -288,7 +297,7 @@ class _Run:
         curves.add(record)
         history.append(record)
         self.peak.look()
-        labels = np.bincount(self.bench.test.labels)
+        labels = np.bincount(self.bench.test.answers)
         warning = collapse_warning(history, float(labels.max() / labels.sum()))
         if warning and record.accuracy is not None:
             self.observer.warning(warning)
@@ -296,7 +305,7 @@ class _Run:
     def _evaluate(self, structure: Structure, arrays: Arrays) -> Evaluation:
         bench = self.bench
         bench.resident.mount(structure, narrow(arrays, structure, self.config.max_rank, bench.shape), merge=True)
-        return Evaluation(*evaluate(bench.resident, evaluation_batches(bench.test, EVALUATION_BATCH, bench.pad_id)))
+        return Evaluation(*evaluate(bench.resident, bench.evaluation_batches(bench.test)))
 
     def _true_seconds(self, round: int, device: int, ratio: float, rank: int) -> float:
         """What the simulator knows and no policy but the clairvoyant one may."""

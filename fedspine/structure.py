@@ -67,6 +67,8 @@ class ModelShape:
     """Bytes of the trained task head in float32."""
     modules: tuple[ModuleShape, ...]
     """The linear layers that carry adapters."""
+    vocabulary: int = 0
+    """Outputs of a language model's head, which stays frozen; 0 of a classifier."""
 
     @property
     def prunable_parameters(self) -> int:

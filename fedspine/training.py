@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn import functional
 
-from fedspine.data.encode import Batch
+from fedspine.data.encode import IGNORED, Batch
 from fedspine.lora.resident import ResidentModel
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
@@ -24,25 +24,37 @@ def tensors(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def predictions(resident: ResidentModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [n, classes], what is right [n]): of rows, or of tokens, some of which may be `IGNORED`.
+
+    A language model's head computes only those positions whose next token is learned in some row.
+    """
+    inputs, labels = tensors(batch, resident.device), torch.from_numpy(batch.labels).to(resident.device)
+    if labels.ndim == 1:
+        return resident.model(**inputs).logits, labels
+    following = labels[:, 1:]
+    columns = (following != IGNORED).any(0).nonzero().flatten()
+    logits = resident.model(**inputs, logits_to_keep=columns).logits
+    return logits.flatten(0, 1).float(), following[:, columns].flatten()
+
+
 def batch_loss(resident: ResidentModel, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of a batch, differentiable."""
-    logits = resident.model(**tensors(batch, resident.device)).logits
-    return functional.cross_entropy(logits, torch.from_numpy(batch.labels).to(resident.device))
+    """Mean cross-entropy of a batch over its rows, or its learned tokens; differentiable."""
+    return functional.cross_entropy(*predictions(resident, batch), ignore_index=IGNORED)
 
 
 def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, float, float]:
-    """(accuracy, mean loss, share of the most predicted class) of the mounted model."""
+    """(accuracy, mean loss, share of the most predicted class) of the mounted model, over rows or learned tokens."""
     correct, loss, count = 0, 0.0, 0
     predicted: torch.Tensor | None = None
     with torch.inference_mode():
         for batch in batches:
-            logits = resident.model(**tensors(batch, resident.device)).logits
-            labels = torch.from_numpy(batch.labels).to(resident.device)
-            guess = logits.argmax(-1)
+            logits, labels = predictions(resident, batch)
+            guess, known = logits.argmax(-1), labels != IGNORED
             correct += int((guess == labels).sum())
-            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-            count += len(labels)
-            counts = torch.bincount(guess, minlength=logits.shape[-1])
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED))
+            count += int(known.sum())
+            counts = torch.bincount(guess[known], minlength=logits.shape[-1])
             predicted = counts if predicted is None else predicted + counts
     if predicted is None:
         return 0.0, 0.0, 0.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertTokenizerFast
 
 from fedspine.report.records import reproducible
 from tests.tiny import tiny_config
@@ -17,6 +17,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 GOOD = ("good", "fine", "warm", "bright", "fresh")
 BAD = ("bad", "poor", "cold", "dull", "stale")
 OTHER = ("the", "a", "film", "book", "meal", "room", "was", "is", "very", "quite", "and", "so")
+WORDS = (*SPECIAL, *GOOD, *BAD, *OTHER)
 KEYS: dict[str, Any] = {
     "devices": 8,
     "sampled": 4,
@@ -37,17 +38,24 @@ MACHINE = ("engine", "workers", "wall_seconds", "startup_seconds", "local_comput
 """Keys of a summary that tell of this machine, not of the federation."""
 
 
-def write_model(folder: Path, seed: int = 0, family: str = "bert") -> Path:
-    """A BERT (or a model of another family) of 2 layers with random weights and a tokenizer of 27 words."""
+def write_words(folder: Path, **settings: Any) -> BertTokenizerFast:
+    """A tokenizer of 27 words."""
     folder.mkdir(parents=True)
-    words = (*SPECIAL, *GOOD, *BAD, *OTHER)
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), **settings)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_model(folder: Path, seed: int = 0, family: str = "bert", language: bool = False) -> Path:
+    """A BERT (or a model of another family, or its language model) of 2 layers with random weights; 27 words."""
+    words = write_words(folder, **({"eos_token": "[SEP]"} if language else {})).get_vocab()
     sizes = {"intermediate_size": 48, "max_position_embeddings": 16, "num_labels": 2, "pad_token_id": 0}
     settings = tiny_config(family, vocab_size=len(words), **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        AutoModelForSequenceClassification.from_config(settings).save_pretrained(folder)
+        kind = AutoModelForCausalLM if language else AutoModelForSequenceClassification
+        kind.from_config(settings).save_pretrained(folder)
     return folder
 
 

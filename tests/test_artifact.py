@@ -24,7 +24,16 @@ from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.families import FAMILIES, decoders
 from fedspine.structure import ModelShape, Structure
 from tests.small_run import write_model
-from tests.tiny import even_structure, random_arrays, tiny_config, tiny_model, tiny_resident, tokens, uneven_structure
+from tests.tiny import (
+    TARGETS,
+    even_structure,
+    random_arrays,
+    tiny_config,
+    tiny_language_model,
+    tiny_model,
+    tokens,
+    uneven_structure,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SAYS_IT_ALL = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3")
@@ -51,7 +60,8 @@ def write(
     **settings: object,
 ) -> tuple[ResidentModel, bool]:
     """A random model, cut and saved: the mounted resident, and whether transformers can read the folder by itself."""
-    resident = tiny_resident(family, language=language, **settings)
+    model = (tiny_language_model if language else tiny_model)(family, **settings)  # type: ignore[arg-type]
+    resident = ResidentModel(model, family, TARGETS, 6, 2.0)
     structure = cut(resident.shape)
     arrays = narrow(random_arrays(resident), structure, 6, resident.shape)
     resident.mount(structure, arrays, merge=merge)

@@ -56,16 +56,24 @@ def tiny_config(family: str, **settings: object) -> PretrainedConfig:
     return AutoConfig.for_model(family, **{**_SIZES, **TINY[family], **settings})
 
 
-def tiny_model(family: str = "bert", seed: int = 0, language: bool = False, **settings: object) -> nn.Module:
-    """Two layers with random weights: a classifier, or a language model."""
+def tiny_model(family: str = "bert", seed: int = 0, **settings: object) -> nn.Module:
+    """Two layers with random weights."""
     config = tiny_config(family, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (AutoModelForCausalLM if language else AutoModelForSequenceClassification).from_config(config).eval()
+        model = AutoModelForSequenceClassification.from_config(config).eval()
         for parameter in model.parameters():  # biases start at zero, which would hide errors in cutting them
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def tiny_language_model(family: str = "llama", seed: int = 0, **settings: object) -> nn.Module:
+    """The same as a causal language model, of a decoder's family."""
+    config = tiny_config(family, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
 
 
 def tiny_resident(

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+IGNORED = -100
+"""The label of a token on which no loss is taken, as in transformers and torch."""
 CHUNK_BATCHES = 8
 """Batches that are sorted by length together: less padding, still every example once per epoch."""
 
@@ -22,9 +24,17 @@ class Encoded:
     types: NDArray[np.int64] | None
     """Token type ids beside `ids`, for tokenizers that give them."""
     labels: NDArray[np.int64]
+    """One per row."""
+    learned: NDArray[np.bool_] | None = None
+    """Of a language model: the tokens, beside `ids`, on which the loss is taken."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def answers(self) -> NDArray[np.int64]:
+        """All that is to be predicted: the labels, or the learned tokens."""
+        return self.labels if self.learned is None else self.ids[self.learned]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -35,13 +45,16 @@ class Encoded:
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        types = None if self.types is None else self.types[index]
-        return Encoded(self.ids[index], offsets, types, self.labels[rows])
+        types, learned = (None if each is None else each[index] for each in (self.types, self.learned))
+        return Encoded(self.ids[index], offsets, types, self.labels[rows], learned)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded to its longest row; all int64 [rows, length], labels [rows]."""
+    """Padded to its longest row; all int64 [rows, length].
+
+    Labels are classes [rows], or of a language model the tokens [rows, length] with `IGNORED` where none is learned.
+    """
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
@@ -112,4 +125,8 @@ def _batch(encoded: Encoded, rows: NDArray[np.int64], pad_id: int) -> Batch:
     if part.types is not None:
         types = np.zeros(mask.shape, dtype=np.int64)
         types[mask] = part.types
-    return Batch(ids, mask.astype(np.int64), types, part.labels)
+    labels = part.labels
+    if part.learned is not None:
+        labels = np.full(mask.shape, IGNORED, dtype=np.int64)
+        labels[mask] = np.where(part.learned, part.ids, IGNORED)
+    return Batch(ids, mask.astype(np.int64), types, labels)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
-from fedspine.data.task import TextTask
+from fedspine.data.columns import TextTask
 from fedspine.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,14 +25,15 @@ Rows = NDArray[np.int64]
 def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
     """Sorted rows of the training set, one array per device.
 
-    `auto` is `column:writer` where the task has that column and `dirichlet` elsewhere. With more values than devices,
-    `column:NAME` deals the sorted values out in turn. A Dirichlet draw that leaves a device short is drawn again.
+    `auto` is `column:writer` where the task has that column, `dirichlet` elsewhere, and `iid` without classes. With
+    more values than devices, `column:NAME` deals the sorted values out in turn. A Dirichlet draw that leaves a device
+    short is drawn again.
 
     Errors: `DataError` when a device has no rows or too few classes; `ConfigError` for an unknown partition.
     """
     kind = config.partition
     if kind == "auto":
-        kind = f"column:{OWNER}" if OWNER in task.train else "dirichlet"
+        kind = f"column:{OWNER}" if OWNER in task.train else "dirichlet" if len(task.classes) > 1 else "iid"
     labels = task.train["label"].to_numpy()
     if kind.startswith("column:"):
         parts = _by_column(task, kind.removeprefix("column:"), config)
@@ -108,9 +109,10 @@ def _by_column(task: TextTask, name: str, config: RunConfig) -> tuple[Rows, ...]
 
 
 def _short(parts: tuple[Rows, ...], labels: NDArray[np.int64], config: RunConfig) -> int | None:
-    """The first device without rows or with too few classes."""
+    """The first device without rows or, where classes are learned, with too few of them."""
+    least = config.min_classes if config.task == "classification" else 1
     for device, rows in enumerate(parts):
-        if len(rows) == 0 or len(np.unique(labels[rows])) < config.min_classes:
+        if len(rows) == 0 or len(np.unique(labels[rows])) < least:
             return device
     return None
 

@@ -48,14 +48,14 @@ class Family:
     """Role (of `ROLES`) to the linear layer's path inside a transformer layer."""
     head: tuple[str, ...]
     """The modules of the classifier's head, which are trained next to the adapters, from the top of the model."""
-    decoder: bool = False
-    """Whether it is also a causal language model; the head of that one stays frozen."""
     first_token: tuple[str, str] | None = None
     """Where the head reads the first token only: the attention, and the module that adds its output to its input."""
     head_by_head: bool = False
     """The rows of `qkv` are q, k, v of the first head, then of the next; otherwise all of q, then of k, then of v."""
     head_counts: tuple[str, ...] = ()
     """Where the code of a layer reads how many heads it has, instead of from its weights: paths of attributes."""
+    decoder: bool = False
+    """Whether it is also a causal language model; the head of that one stays frozen."""
 
 
 _BERT_ROLES = {
@@ -197,8 +197,10 @@ def describe(model: nn.Module, model_type: str, targets: tuple[str, ...]) -> Mod
         channel_parameters=channel_weights + channel_biases,
         channel_weights=channel_weights,
         total_parameters=sum(p.numel() for p in model.parameters()),
-        head_bytes=4 * sum(p.numel() for path in head_of(model, model_type) for p in model.get_submodule(path).parameters()),
+        head_bytes=4
+        * sum(p.numel() for path in head_of(model, model_type) for p in model.get_submodule(path).parameters()),
         modules=tuple(module for module in modules if module.role in adapted.values()),
+        vocabulary=0 if head_of(model, model_type) else int(config.vocab_size),
     )
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedspine.report.observer import RunPlan
 from fedspine.report.profile import profile, shares
+from fedspine.report.summary import accuracy_name
 from fedspine.types import OUT_OF_MEMORY, TRAINED, RoundRecord
 
 
@@ -74,12 +75,15 @@ class ConsoleObserver:
         note = f"virtual {clock(record.clock_seconds)}"
         last = next((each for each in reversed(self._records) if each.accuracy is not None), None)
         if last and last.accuracy is not None and last.smoothed_accuracy is not None:
-            note += f"  accuracy {last.accuracy:.3f}, smoothed {last.smoothed_accuracy:.3f}"
+            note += f"  {self._accuracy()} {last.accuracy:.3f}, smoothed {last.smoothed_accuracy:.3f}"
         if self._progress:
             self._progress.update(self._rounds, completed=record.round, note=note)
         elif record.accuracy is not None:
             total = self._plan.config.rounds if self._plan else 0
             self._console.print(f"round {record.round}/{total}  sparsity floor {record.floor_ratio:.0%}  {note}")
+
+    def _accuracy(self) -> str:
+        return accuracy_name(self._plan.config.task if self._plan else "classification")
 
     def evaluating(self, done: int, total: int) -> None:
         if self._progress:
@@ -148,13 +152,14 @@ def _summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title="result", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    reached = summary["time_to_target_seconds"]
+    reached, accuracy = summary["time_to_target_seconds"], accuracy_name(summary["task"])
     rows = {
-        "global model": f"accuracy {summary['final_accuracy']:.3f}, smoothed (averaged adapters) "
+        "global model": f"{accuracy} {summary['final_accuracy']:.3f}, smoothed (averaged adapters) "
         f"{summary['smoothed_accuracy']:.3f}",
         "devices' own models": f"mean {summary['device_accuracy_mean']:.3f}, sd {summary['device_accuracy_sd']:.3f}, "
         f"worst {summary['device_accuracy_min']:.3f}"
         + (f" (of {summary['devices_evaluated']})" if summary["devices_evaluated"] < summary["devices"] else ""),
+        **_language_rows(summary),
         "sparsity": f"{summary['sparsity_prunable']:.1%} of the prunable parameters, "
         f"{summary['sparsity_total']:.1%} of the whole model",
         "virtual time": clock(summary["virtual_seconds"])
@@ -171,6 +176,21 @@ def _summary_table(summary: Mapping[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _language_rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    if summary["task"] != "causal-lm":
+        return {}
+    rows = {
+        "perplexity": f"{summary['final_perplexity']:.2f}, smoothed {summary['smoothed_perplexity']:.2f}, devices' own "
+        f"models {summary['device_perplexity_mean']:.2f}; cut but never tuned {summary['perplexity_cut_untuned']:.2f}"
+    }
+    if "answers" in summary:
+        rows["answers"] = (
+            f"ROUGE-L {summary['answers_rouge_l']:.3f}, {summary['answers_exact_match']:.0%} exact, of "
+            f"{summary['answers']} from the evaluation set"
+        )
+    return rows
 
 
 def _types_table(types: Sequence[str], records: Sequence[RoundRecord]) -> Table:

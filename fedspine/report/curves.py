@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedspine.config import RunConfig
+from fedspine.report.summary import accuracy_name
 from fedspine.types import TRAINED, Pull, RoundRecord
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def _accuracy(axis: Axes, records: Sequence[RoundRecord], config: RunConfig) -> 
     if config.target_accuracy:
         axis.axhline(config.target_accuracy, color="grey", lw=1, ls="--")
         axis.annotate(f"target {config.target_accuracy:g}", (0, config.target_accuracy), va="bottom", color="grey")
-    axis.set(title="accuracy of the global model", xlabel=f"virtual time, {unit_name}", ylabel="accuracy")
+    name = accuracy_name(config.task)
+    axis.set(title=f"{name} of the global model", xlabel=f"virtual time, {unit_name}", ylabel=name)
 
 
 def _sparsity(axis: Axes, records: Sequence[RoundRecord], types: Sequence[str]) -> None:

@@ -15,6 +15,11 @@ from fedspine.types import OUT_OF_MEMORY, TRAINED, RoundRecord
 COLLAPSED_SHARE = 0.95
 
 
+def accuracy_name(task: str) -> str:
+    """What is counted: texts, or tokens."""
+    return "token accuracy" if task == "causal-lm" else "accuracy"
+
+
 def summarise(
     config: RunConfig,
     records: Sequence[RoundRecord],
@@ -37,6 +42,7 @@ def summarise(
     sparsity = statistics.fmean(device_sparsities)
     return {
         "method": config.method,
+        "task": config.task,
         "policy": config.policy,
         "seed": config.seed,
         "devices": config.devices,
