@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.local import cut_model
 from fedspine.benchmark import alternate
 from fedspine.config import RunConfig
-from fedspine.model import load_model
+from fedspine.model import load_base
 from fedspine.pruning.families import describe, projections
 from fedspine.pruning.select import select
 from fedspine.structure import ModelShape, Structure
@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    dense, family = load_model(RunConfig(), 2)
+    dense, family = load_base(RunConfig(), 2)
     shape = describe(dense, family, RunConfig().lora_targets)
     rng = np.random.default_rng(0)
     structures = [random_structure(shape, options.sparsity, rng)]

@@ -31,7 +31,7 @@ from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig, load_config, parse_override
 from fedspine.data.encode import training_batches
 from fedspine.lora.adapters import kept_features
-from fedspine.model import load_model
+from fedspine.model import load_base
 from fedspine.pruning.families import family_of, head_counters, projections
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
@@ -55,7 +55,7 @@ class BareLoop(Silent):
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._bench = workbench(config.to_json())
-        self._model, self._family = load_model(config, len(self._bench.data.classes))
+        self._model, self._family = load_base(config, len(self._bench.data.classes))
         self.seconds: list[float] = []
         self.run_seconds: list[float] = []
         self.parts: dict[str, float] = {}

@@ -4,7 +4,9 @@ import fedspine
 run = fedspine.simulate(devices=20, sampled=5, rounds=10)
 run.summary["device_accuracy_mean"]
 fedspine.schedule(devices=1_000_000, sampled=100).summary["progress_per_virtual_second"]  # the scheduler alone
-fedspine.bench("all-MiniLM-L6-v2").model.latency
+fedspine.export(run.directory, out="model", merge=True)
+model = fedspine.load_model("model")
+fedspine.bench("model").ratios()
 """
 
 from __future__ import annotations
@@ -15,19 +17,24 @@ from fedspine.config import RunConfig
 from fedspine.errors import FedSpineError
 
 if TYPE_CHECKING:
+    from fedspine.artifact import load_model
     from fedspine.benchmark import BenchResult, bench
+    from fedspine.exporting import ExportResult, export
     from fedspine.schedule_only import ScheduleResult, schedule
     from fedspine.simulation import RunResult, simulate
 
 __version__ = "0.1.0"
 __all__ = [
     "BenchResult",
+    "ExportResult",
     "FedSpineError",
     "RunConfig",
     "RunResult",
     "ScheduleResult",
     "__version__",
     "bench",
+    "export",
+    "load_model",
     "schedule",
     "simulate",
 ]
@@ -47,4 +54,12 @@ def __getattr__(name: str) -> Any:
         from fedspine import benchmark
 
         return getattr(benchmark, name)
+    if name in ("ExportResult", "export"):
+        from fedspine import exporting
+
+        return getattr(exporting, name)
+    if name == "load_model":
+        from fedspine.artifact import load_model
+
+        return load_model
     raise AttributeError(f"module 'fedspine' has no attribute {name!r}")

@@ -12,20 +12,13 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
+from fedspine.artifact import ADAPTER, load_model
 from fedspine.errors import ConfigError, ModelError
-from fedspine.model import EMBEDDED, EMBEDDED_HUB_NAME, model_source
-
-
-def load_model(path_or_name: str | Path) -> PreTrainedModel:
-    """Until `fedspine.artifact` is there."""
-    source = model_source(str(path_or_name))
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(source, use_safetensors=True).eval()
+from fedspine.model import EMBEDDED, EMBEDDED_HUB_NAME, model_source, quiet
 
 
 @dataclass(frozen=True)
@@ -65,11 +58,10 @@ def find(name: str | Path) -> Subject:
         raise ModelError(f"{name} is no model: it has no config.json; give a folder that holds one, or a hub name")
     if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):  # hub names are owner/name
         raise ModelError(f"{name}: there is no such folder; give one that holds a model, or a hub name")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise _not_loadable(name, error) from None
     text = config.get_text_config()
     if config.is_encoder_decoder or not getattr(text, "vocab_size", None):
@@ -83,13 +75,21 @@ def find(name: str | Path) -> Subject:
 
 
 def base_of(name: str | Path) -> str | None:
-    """The model that an exported one was cut from, as its card says; None for any other model."""
-    card = Path(name) / "README.md"  # where transformers reads the folder by itself, nothing else says so
+    """The model that an exported one was cut from, as its card says.
+
+    Empty where the card names none, as it was a folder; None for a model that was not exported.
+    """
+    card = Path(name) / "README.md"
     about = (metadata_load(card) if card.is_file() else None) or {}
-    base = about.get("base_model")
-    if "fedspine" not in (about.get("tags") or ()) or not isinstance(base, str):
+    if "fedspine" not in (about.get("tags") or ()):
         return None
+    base = str(about.get("base_model") or "")
     return EMBEDDED if base == EMBEDDED_HUB_NAME else base
+
+
+def has_adapter(name: str | Path) -> bool:
+    """Whether the folder holds adapters beside the weights."""
+    return (Path(name) / ADAPTER).is_dir()
 
 
 def load(subject: Subject, device: str, dtype: str) -> PreTrainedModel:

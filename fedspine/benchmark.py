@@ -19,8 +19,18 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from fedspine.artifact import ADAPTER
 from fedspine.bench_memory import Footprint, footprint
-from fedspine.bench_subject import Subject, base_of, check_comparable, find, load, random_tokens, weight_bytes
+from fedspine.bench_subject import (
+    Subject,
+    base_of,
+    check_comparable,
+    find,
+    has_adapter,
+    load,
+    random_tokens,
+    weight_bytes,
+)
 from fedspine.errors import ConfigError, ModelError
 
 WARM_UP = 3
@@ -108,7 +118,7 @@ class BenchResult:
     model: Figures
     against: Figures | None
     note: str
-    """Why there is no comparison, where one could be expected; otherwise empty."""
+    """What else must be said: why there is no comparison, or that adapters were left out; otherwise empty."""
 
     def ratios(self) -> dict[str, Any]:
         """The model over the one it is compared with: below 1 is smaller and faster, for tokens per second slower."""
@@ -168,7 +178,7 @@ def bench(
     settings = Settings(tuple(batch), length, repeats, threads, device, dtype, new_tokens)
     progress = progress or _nothing
     first = find(model)
-    subjects, note = [first], ""
+    subjects, notes = [first], []
     base = base_of(model) if against is None else None
     if against is not None:
         subjects = list(check_comparable(first, find(against)))
@@ -181,10 +191,15 @@ def bench(
             memory.append(_footprint(dense, settings, progress))
             subjects.append(dense)
         except ModelError as error:
-            note = f"measured alone, as the model that it was cut from cannot be: {error}"
+            notes.append(f"measured alone, as the model that it was cut from cannot be: {error}")
+    elif base is not None:
+        notes.append("measured alone: its card does not name the folder that it was cut from; name it with against")
+    for subject in subjects:
+        if has_adapter(subject.name):
+            notes.append(f"the adapters in {subject.name}/{ADAPTER} are left out, as if they were folded in")
     with _threads(threads), torch.inference_mode():
         figures = _timed(subjects, memory, settings, progress)
-    return BenchResult(settings, figures[0], figures[1] if len(figures) > 1 else None, note)
+    return BenchResult(settings, figures[0], figures[1] if len(figures) > 1 else None, "; ".join(notes))
 
 
 def alternate(

@@ -1,4 +1,4 @@
-"""The command line: `fedspine simulate`, `fedspine schedule`, `fedspine bench`, `fedspine keys`."""
+"""The command line: `fedspine simulate`, `schedule`, `export`, `bench`, `keys`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ _SCHEDULE_EXAMPLES = """examples:
   fedspine schedule -s devices=1_000_000 -s sampled=100 -s rounds=1000
   fedspine schedule --surface runs/reviews             answers fitted to what a real run recorded
 """
+_EXPORT_EXAMPLES = """examples:
+  fedspine export runs/reviews --out model             the global model, adapters apart from the weights
+  fedspine export runs/reviews --merge --out model     adapters folded into the weights
+  fedspine export runs/reviews --device 7 --merge --onnx --out model-7
+"""
 _BENCH_EXAMPLES = """examples:
   fedspine bench MODEL                                 an exported model against the one it was cut from
   fedspine bench MODEL --against OTHER --batch 1 8 32 --length 128
@@ -42,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "keys":
             _print_keys()
             return 0
-        return {"simulate": _simulate, "schedule": _schedule, "bench": _bench}[options.command](options)
+        run = {"simulate": _simulate, "schedule": _schedule, "export": _export, "bench": _bench}[options.command]
+        return run(options)
     except FedSpineError as error:
         print(f"fedspine: error: {error}", file=sys.stderr)
         return 2
@@ -99,6 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument(
         "--surface", metavar="RUN_DIR", help="fit the surface to this finished run (default: built in)"
     )
+    export = commands.add_parser(
+        "export",
+        help="write a run's model as a folder: weights, tokenizer, model card",
+        description="Write the tuned and cut model of a run as a folder that transformers or fedspine.load_model reads",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXPORT_EXAMPLES,
+    )
+    export.add_argument("run", metavar="RUN", help="directory of a run")
+    whose = export.add_mutually_exclusive_group()
+    whose.add_argument("--device", type=int, metavar="N", help="the own model of device N (from 0)")
+    whose.add_argument("--consensus", action="store_true", help="the global model (default)")
+    export.add_argument("--merge", action="store_true", help="fold the adapters into the weights, not in DIR/adapter")
+    export.add_argument("--onnx", action="store_true", help="write model.onnx too (needs the extra onnx)")
+    export.add_argument("--out", required=True, metavar="DIR", help="new folder of the model")
     _add_bench(commands)
     commands.add_parser("keys", help="list every configuration key", description="Every configuration key.")
     return parser
@@ -227,6 +247,24 @@ def _simulate(options: argparse.Namespace) -> int:
         observer.close()
     if options.json:
         print(json.dumps(result.summary, indent=2))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fedspine.exporting import export
+
+    try:
+        done = export(options.run, out=options.out, device=options.device, merge=options.merge, onnx=options.onnx)
+    except KeyboardInterrupt:
+        print("\nfedspine: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    measured = done.measured
+    print(
+        f"{done.directory}: {measured.parameters / 1e6:.1f} M parameters of {measured.base_parameters / 1e6:.1f} M, "
+        f"accuracy {measured.accuracy:.4f} on {measured.examples} evaluation rows, "
+        f"{measured.speedup:.2f} times as fast as the uncut base; README.md there says how to load it",
+        file=sys.stderr,
+    )
     return 0
 
 

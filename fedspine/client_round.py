@@ -23,7 +23,7 @@ from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
 from fedspine.lora.adapters import narrow, nbytes, widen
 from fedspine.lora.resident import ResidentModel, update_norm
-from fedspine.model import load_model, load_tokenizer
+from fedspine.model import load_base, load_tokenizer
 from fedspine.pruning.importance import SCORERS
 from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
@@ -99,7 +99,7 @@ def workbench(settings: str) -> Workbench:
     tokenizer = load_tokenizer(config)
     data = find(settings) or prepare(config)
     pad_id = tokenizer.pad_token_id or 0
-    model, family = load_model(config, len(data.classes), pad_id)
+    model, family = load_base(config, len(data.classes), pad_id)
     resident = ResidentModel(
         model,
         family,

@@ -49,7 +49,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     Errors: `ModelError` when it cannot be found.
     """
-    _quiet()
+    quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_source(config.model))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -61,7 +61,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: RunConfig, classes: int, pad_id: int | None = None) -> tuple[nn.Module, str]:
+def load_base(config: RunConfig, classes: int, pad_id: int | None = None) -> tuple[nn.Module, str]:
     """The model in float32 and its family name. A classifier's head that does not fit is replaced, seeded.
 
     `pad_id`: the tokenizer's; a decoder's head reads the last token that is another, so texts are padded on the right.
@@ -71,7 +71,7 @@ def load_model(config: RunConfig, classes: int, pad_id: int | None = None) -> tu
     if config.torch_device == "cuda" and not torch.cuda.is_available():
         raise ModelError("torch_device = 'cuda': torch finds no CUDA device here; use torch_device = 'cpu'")
     source, language = model_source(config.model), config.task == "causal-lm"
-    _quiet()
+    quiet()
     try:
         settings: Any = AutoConfig.from_pretrained(source, **({} if language else {"num_labels": classes}))
     except (OSError, ValueError) as error:
@@ -123,7 +123,8 @@ def _not_loadable(name: str, error: Exception) -> ModelError:
     )
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """No progress bars and no warnings of the libraries: what a user can mend is said by an error."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry

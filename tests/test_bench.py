@@ -14,13 +14,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import fedspine
 from fedspine import bench_memory, benchmark
+from fedspine.artifact import save_model
 from fedspine.bench_memory import Footprint, footprint
 from fedspine.bench_subject import base_of, find, load, random_tokens
 from fedspine.benchmark import BenchResult, alternate
 from fedspine.cli import main
 from fedspine.errors import ConfigError, ModelError
+from fedspine.lora.adapters import narrow
 from fedspine.report.bench_table import BenchConsole, in_words
-from tests.tiny import tiny_config
+from tests.tiny import random_arrays, tiny_config, tiny_resident, uneven_structure
 
 SMALL = {"batch": (1, 3), "length": 7, "repeats": 3, "new_tokens": 4}
 OPTIONS = ["--batch", "1", "3", "--length", "7", "--repeats", "3", "--new-tokens", "4"]
@@ -158,8 +160,27 @@ def test_an_export_is_compared_with_its_base(models: dict[str, str], tmp_path: P
     alone = fedspine.bench(export, **SMALL)
     assert alone.against is None
     assert "./gone: there is no such folder" in alone.note
+    card.write_text("---\ntags: [fedspine]\n---\n", encoding="utf-8")
+    (tmp_path / "export" / "adapter").mkdir()
+    alone = fedspine.bench(export, **SMALL)
+    assert alone.against is None
+    assert "its card does not name the folder that it was cut from; name it with against" in alone.note
+    assert "adapter are left out, as if they were folded in" in alone.note
     card.write_text("---\nbase_model: ./gone\n---\n", encoding="utf-8")
     assert base_of(export) is None
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_model_whose_layers_differ(models: dict[str, str], tmp_path: Path) -> None:
+    resident = tiny_resident()
+    structure = uneven_structure(resident.shape)
+    resident.mount(structure, narrow(random_arrays(resident), structure, 6, resident.shape), merge=True)
+    folder = tmp_path / "cut"
+    save_model(folder, resident.weights(), tiny_config("bert"), "classification", structure.counts(), "bert")
+    result = fedspine.bench(folder, models["encoder"], **SMALL)
+    assert result.against is not None
+    cut = resident.shape.prunable_parameters - structure.kept_parameters(resident.shape)
+    assert result.against.parameters - result.model.parameters == cut
 
 
 @pytest.mark.usefixtures("no_process")

@@ -20,7 +20,7 @@ from fedspine.errors import ConfigError, DataError, ModelError
 from fedspine.generation import measure, perplexity
 from fedspine.lora.adapters import narrow
 from fedspine.lora.resident import ResidentModel
-from fedspine.model import load_model
+from fedspine.model import load_base
 from fedspine.pruning.families import decoders
 from fedspine.simulation import simulate
 from fedspine.structure import Structure
@@ -188,13 +188,13 @@ def test_perplexity_of_a_run_that_diverged() -> None:
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"is an encoder, and task = 'causal-lm' needs a decoder \(llama, qwen2, "):
-        load_model(RunConfig(task="causal-lm", model=str(write_model(tmp_path / "model")), max_length=12), 2)
+        load_base(RunConfig(task="causal-lm", model=str(write_model(tmp_path / "model")), max_length=12), 2)
 
 
 def test_a_model_without_a_language_head_is_refused(tmp_path: Path) -> None:
     config = RunConfig(task="causal-lm", model=str(write_model(tmp_path / "model", family="qwen2")), max_length=12)
     with pytest.raises(ModelError, match=r"it holds no lm_head\.weight, which task = 'causal-lm' needs"):
-        load_model(config, 2)
+        load_base(config, 2)
 
 
 def test_grouped_devices_are_refused(tmp_path: Path, folders: dict[str, str]) -> None:

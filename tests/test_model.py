@@ -10,7 +10,7 @@ from transformers import BertTokenizerFast
 
 from fedspine.config import RunConfig
 from fedspine.errors import ModelError
-from fedspine.model import load_model, load_tokenizer
+from fedspine.model import load_base, load_tokenizer
 from fedspine.pruning.families import FAMILIES
 from tests.small_run import write_model
 
@@ -19,7 +19,7 @@ from tests.small_run import write_model
 def test_a_padded_batch_is_its_texts_one_by_one(tmp_path: Path, family: str) -> None:
     config = RunConfig(model=str(write_model(tmp_path / "model", family=family)), max_length=12)
     tokenizer = load_tokenizer(config)
-    model, found = load_model(config, 2, tokenizer.pad_token_id)
+    model, found = load_base(config, 2, tokenizer.pad_token_id)
     assert found == family
     assert not model.training
     assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
@@ -39,11 +39,11 @@ def test_without_a_padding_token_the_end_of_text_pads(tmp_path: Path) -> None:
     config = RunConfig(model=str(folder), max_length=12)
     tokenizer = load_tokenizer(config)
     assert tokenizer.pad_token == "so"
-    model, _ = load_model(config, 2, tokenizer.pad_token_id)
+    model, _ = load_base(config, 2, tokenizer.pad_token_id)
     assert model.config.pad_token_id == tokenizer.convert_tokens_to_ids("so")
 
 
 def test_a_padding_token_that_the_model_does_not_have(tmp_path: Path) -> None:
     config = RunConfig(model=str(write_model(tmp_path / "model", family="llama")), max_length=12)
     with pytest.raises(ModelError, match="has 27 tokens, and its tokenizer pads with 27"):
-        load_model(config, 2, 27)
+        load_base(config, 2, 27)

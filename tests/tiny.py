@@ -112,6 +112,15 @@ def uneven_structure(shape: ModelShape, seed: int = 0) -> Structure:
     return Structure.from_masks(masks)
 
 
+def even_structure(shape: ModelShape, heads: int = 2, channels: int = 20, seed: int = 0) -> Structure:
+    """The same number of heads and channels in every layer, others in each."""
+    rng = np.random.default_rng(seed)
+    masks = []
+    for _ in range(shape.layers):
+        masks.append((rng.permutation(shape.heads) < heads, rng.permutation(shape.channels) < channels))
+    return Structure.from_masks(masks)
+
+
 def tokens(rows: int = 3, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 60, (rows, length), generator=generator)

@@ -7,6 +7,7 @@ and the adapters to the device's own, so that the model really is smaller: its m
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -133,6 +134,12 @@ class ResidentModel:
     def arrays(self) -> dict[str, Array]:
         """Adapters and head as they are now (narrow), copied."""
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.parameters.items()}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The mounted model's tensors, not copied, by the names that they have without adapters; those are left out."""
+        wrapped = re.compile(r"\.(base_layer|module)(?=\.)")  # PEFT's layers, and `_Head`
+        tensors = self.model.state_dict().items()
+        return {wrapped.sub("", name): tensor for name, tensor in tensors if ".lora_" not in name}
 
     def lora(self, module: ModuleShape) -> tuple[nn.Parameter, nn.Parameter, torch.Tensor]:
         """(A [rank, d_in], B [d_out, rank], frozen weight [d_out, d_in]) of a mounted projection."""

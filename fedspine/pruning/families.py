@@ -99,9 +99,9 @@ _NEOX_ROLES = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family("bert.encoder.layer", _BERT_ROLES, ("classifier",), _BERT_FIRST_TOKEN),
-    "roberta": Family("roberta.encoder.layer", _BERT_ROLES, ("classifier",), _BERT_FIRST_TOKEN),
-    "xlm-roberta": Family("roberta.encoder.layer", _BERT_ROLES, ("classifier",), _BERT_FIRST_TOKEN),
+    "bert": Family("bert.encoder.layer", _BERT_ROLES, ("classifier",), first_token=_BERT_FIRST_TOKEN),
+    "roberta": Family("roberta.encoder.layer", _BERT_ROLES, ("classifier",), first_token=_BERT_FIRST_TOKEN),
+    "xlm-roberta": Family("roberta.encoder.layer", _BERT_ROLES, ("classifier",), first_token=_BERT_FIRST_TOKEN),
     "distilbert": Family("distilbert.transformer.layer", _DISTILBERT_ROLES, ("pre_classifier", "classifier")),
     "llama": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
     "qwen2": Family("model.layers", _LLAMA_ROLES, ("score",), decoder=True),
