@@ -104,7 +104,7 @@ class RunConfig:
     )  # fmt: skip
     torch_device: str = _key("cpu", "where the model is trained here", "cpu", "cuda")
     gradient_checkpointing: bool = _key(
-        False, "compute activations again in the backward pass: about a third more time for much less memory"
+        False, "compute activations again in the backward pass: about half as much time again, for much less memory"
     )
     threads: int = _key(1, "torch threads per client and for the server; part of the result's identity", min=1, max=256)
 

@@ -57,7 +57,7 @@ def weight_storages(resident: ResidentModel) -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["bert", "phi3"])
 def test_an_owned_model_keeps_only_what_its_structure_keeps(family: str) -> None:
     own, shared = resident_of(family), resident_of(family)
     shape = own.shape
@@ -74,11 +74,10 @@ def test_an_owned_model_keeps_only_what_its_structure_keeps(family: str) -> None
     assert own.held == structure
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_an_owned_model_is_cut_in_the_middle_of_training(family: str) -> None:
+def test_an_owned_model_is_cut_in_the_middle_of_training() -> None:
     found = []
     for own in (True, False):
-        resident = resident_of(family)
+        resident = resident_of("llama")
         shape = resident.shape
         resident.mount(Structure.full(shape), random_arrays(resident), own=own)
         optimizer = LocalOptimizer(resident, 1e-3, 1.0)
@@ -194,7 +193,7 @@ def test_activations_live_no_longer_than_they_are_needed(family: str, checkpoint
 def test_a_run_with_gradient_checkpointing_is_the_same_but_for_virtual_time(
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    quick = {**keys, "rounds": 3, "policy": "fixed"}
+    quick = {**keys, "rounds": 2, "policy": "fixed"}
     plain = simulate(out=tmp_path / "plain", **quick)
     again = simulate(out=tmp_path / "again", gradient_checkpointing=True, **quick)
     for ours, theirs in zip(again.records, plain.records, strict=True):
@@ -202,7 +201,7 @@ def test_a_run_with_gradient_checkpointing_is_the_same_but_for_virtual_time(
             assert mine.report.loss_after == other.report.loss_after
             assert mine.report.compute_seconds > other.report.compute_seconds
             assert mine.report.peak_memory_bytes < other.report.peak_memory_bytes
-    assert len(rounds(again.directory)) == 3
+    assert len(rounds(again.directory)) == 2
 
 
 def test_devices_side_by_side_with_gradient_checkpointing(keys: dict[str, Any]) -> None:
