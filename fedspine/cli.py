@@ -271,11 +271,11 @@ def _export(options: argparse.Namespace) -> int:
 def _print_keys() -> None:
     for field in dataclasses.fields(RunConfig):
         key: Key = field.metadata["key"]
-        bounds = " | ".join(key.choices)
+        bounds = " | ".join(("true", "false") if isinstance(field.default, bool) else key.choices)
         if not bounds and (key.minimum is not None or key.maximum is not None):
             low = "" if key.minimum is None else f"{key.minimum:g} <= "
             high = "" if key.maximum is None else f" <= {key.maximum:g}"
             bounds = f"{low}value{high}"
-        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-        print(f"{field.name} = {default!s}")
+        default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+        print(f"{field.name} = {default.lower() if isinstance(field.default, bool) else default}")
         print(f"    {key.help}{f'  [{bounds}]' if bounds else ''}")

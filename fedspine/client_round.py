@@ -108,6 +108,7 @@ def workbench(settings: str) -> Workbench:
         config.lora_scale,
         getattr(torch, config.dtype),
         config.torch_device,
+        config.gradient_checkpointing,
     )
 
     def tokens(rows: Rows, index: NDArray[np.int64]) -> Encoded:
@@ -167,13 +168,16 @@ class Local:
         return TrainReply(request.device, report, structure, arrays, scores)
 
 
-def train(request: TrainRequest) -> TrainReply:
-    """A device's local round. Out of memory is an outcome, not an error."""
-    bench = workbench(request.settings)
+def train(request: TrainRequest, own: bool = False) -> TrainReply:
+    """A device's local round. Out of memory is an outcome, not an error.
+
+    `own`: the process serves one device only, and need not keep what that device has cut.
+    """
+    bench = _bench_for(request)
     configure_threads(bench.config.threads)
     watch = Stopwatch()
     local = begin(request, bench)
-    return local if isinstance(local, TrainReply) else _tuned(local, bench, watch)
+    return local if isinstance(local, TrainReply) else tuned(local, bench, watch, own)
 
 
 def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
@@ -213,7 +217,7 @@ def next_structure(
     if ratio is None:
         return None
     scores = request.scores if config.masks == "shared" else blend(own(), request.scores, 5)
-    return select(now, scores, ratio, bench.shape)
+    return select(now, scores, ratio, bench.shape, config.layer_budget)
 
 
 def probe_batch(local: Local, bench: Workbench) -> list[Batch]:
@@ -226,10 +230,11 @@ def probe_batch(local: Local, bench: Workbench) -> list[Batch]:
     return list(bench.evaluation_batches(local.data.take(rows), PROBE_PART))
 
 
-def _tuned(local: Local, bench: Workbench, watch: Stopwatch) -> TrainReply:
+def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -> TrainReply:
+    """The local round of a device that has what it needs. `own`: see `train`."""
     config, resident, request = bench.config, bench.resident, local.request
     with watch.part("mount"):
-        resident.mount(request.structure, request.arrays)
+        resident.mount(request.structure, request.arrays, own=own)
     with watch.part("probe batch"):
         probe = probe_batch(local, bench)
         _, loss_before, _ = evaluate(resident, probe)
@@ -266,17 +271,29 @@ def probe(request: ProbeRequest) -> Probe:
     return meter.probe(bench.workload.iteration_flops(request.structure.counts(), request.lora_rank))
 
 
-def evaluate_device(request: EvaluateRequest) -> EvaluateReply:
-    """Accuracy of a device's own cut model with the given adapters, on the evaluation set."""
-    bench = workbench(request.settings)
+def evaluate_device(request: EvaluateRequest, own: bool = False) -> EvaluateReply:
+    """Accuracy of a device's own cut model with the given adapters, on the evaluation set. `own`: see `train`."""
+    bench = _bench_for(request)
     configure_threads(bench.config.threads)
-    bench.resident.mount(request.structure, request.arrays, merge=True)
+    bench.resident.mount(request.structure, request.arrays, merge=True, own=own)
     accuracy, loss, _ = evaluate(bench.resident, bench.evaluation_batches(bench.test))
     return EvaluateReply(request.device, len(bench.test), accuracy, loss)
 
 
 def scores_nbytes(scores: Scores | None) -> int:
     return 0 if scores is None else sum(part.nbytes for layer in scores for part in layer)
+
+
+def _bench_for(request: TrainRequest | EvaluateRequest) -> Workbench:
+    """Loaded again when this process has given up what the request's structure keeps.
+
+    A device that failed after it was cut is sent the structure from before.
+    """
+    bench = workbench(request.settings)
+    if not bench.resident.held.contains(request.structure):
+        workbench.cache_clear()
+        bench = workbench(request.settings)
+    return bench
 
 
 def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelShape) -> float | None:

@@ -103,6 +103,9 @@ class RunConfig:
         "as fast where the processor has it; adapters stay float32", "float32", "bfloat16",
     )  # fmt: skip
     torch_device: str = _key("cpu", "where the model is trained here", "cpu", "cuda")
+    gradient_checkpointing: bool = _key(
+        False, "compute activations again in the backward pass: about half as much time again, for much less memory"
+    )
     threads: int = _key(1, "torch threads per client and for the server; part of the result's identity", min=1, max=256)
 
     # adapters
@@ -119,6 +122,10 @@ class RunConfig:
     )
     importance: str = _key("fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random")
     masks: str = _key("shared", "whose score cuts a device: the server's, its own, or both", "shared", "own", "mixed")
+    layer_budget: str = _key(
+        "uniform", "heads and channels that a layer keeps: as many as any other, which stock transformers can load, or "
+        "those with the best score per parameter in the whole model", "uniform", "global",
+    )  # fmt: skip
     schedule: str = _key("cubic", "ramp of the sparsity floor, or everything after the warm-up", "cubic", "one-shot")
     warmup_ratio: float = _key(0.1, "share of the rounds before the first cut", min=0.0, max=0.9)
     ramp_ratio: float = _key(0.6, "share of the rounds after which every device is at the target", min=0.05, max=1.0)

@@ -1,10 +1,11 @@
 """What a local round costs: training FLOPs, bytes on the wire, memory. One formula for client, server and clock.
 
 FLOPs follow the standard count for a transformer layer with frozen base weights and adapters: forward plus the
-gradient with respect to inputs is twice the forward; adapters add three times their own forward. Tokens are counted
-as `batch_size * max_length` in every layer, the static shape an edge runtime computes, so that a cost depends on the
-configuration alone. A simulation computes less: rows are padded to their batch's longest only, and the last layer of
-BERT-like classifiers computes the one token that the head reads.
+gradient with respect to inputs is twice the forward; adapters add three times their own forward. Gradient
+checkpointing adds one more forward of both. Tokens are counted as `batch_size * max_length` in every layer, the static
+shape an edge runtime computes, so that a cost depends on the configuration alone. A simulation computes less: rows are
+padded to their batch's longest only, and the last layer of BERT-like classifiers computes the one token that the head
+reads.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Workload:
     """Tokens per sequence."""
     score_bytes: int = 0
     """Importance scores that a device uploads with its adapters."""
+    gradient_checkpointing: bool = False
+    """Whether the activations inside a layer are computed again in the backward pass."""
 
     def iteration_flops(self, counts: tuple[tuple[float, float], ...], rank: int) -> float:
         """Training FLOPs of one local iteration.
@@ -53,8 +56,9 @@ class Workload:
             kept = (heads if module.unit == "heads" else channels) * module.unit_size
             other = module.d_in if module.axis == "rows" else module.d_out
             adapters += 2 * tokens * rank * (kept + other)
-        base += 2 * tokens * shape.hidden * shape.vocabulary
-        return 2 * base + 3 * adapters
+        again = int(self.gradient_checkpointing)
+        head = 2 * tokens * shape.hidden * shape.vocabulary
+        return (2 + again) * base + 2 * head + (3 + again) * adapters
 
     def round_flops(self, structure: Structure, rank: int) -> float:
         """Training FLOPs of a local round on a cut model."""
@@ -84,28 +88,34 @@ class Workload:
         """Training memory: weights, adapters with gradient and two Adam moments, activations.
 
         Activations per layer are about 17 values per token and hidden unit (scaled by what is kept), plus the
-        attention matrix of every kept query head.
+        attention matrix of every kept query head. With gradient checkpointing these are there for one layer at a time,
+        the largest at worst, and for the others only the input.
         """
-        shape = self.shape
-        cut = shape.prunable_parameters - structure.kept_parameters(shape)
-        return self._memory(cut, structure.sparsity(shape), sum(h for h, _ in structure.counts()), rank)
+        return self._memory(structure.counts(), structure.sparsity(self.shape), rank)
 
     def planned_memory_bytes(self, ratio: float, rank: int) -> float:
         """The same for a pruning ratio that is spread evenly over layers, heads and channels."""
-        shape = self.shape
-        return self._memory(ratio * shape.prunable_parameters, ratio, (1.0 - ratio) * shape.layers * shape.heads, rank)
+        shape, keep = self.shape, 1.0 - ratio
+        return self._memory(((keep * shape.heads, keep * shape.channels),) * shape.layers, ratio, rank)
 
-    def _memory(self, cut: float, sparsity: float, heads: float, rank: int) -> float:
-        """With `cut` parameters gone and `heads` left in all layers together."""
+    def _memory(self, counts: tuple[tuple[float, float], ...], sparsity: float, rank: int) -> float:
+        """With these (heads, channels) left per layer, which is `sparsity` of the prunable parameters cut."""
         shape = self.shape
         tokens = self.batch_size * self.length
-        weights = FLOAT_BYTES * (shape.total_parameters - cut)
-        keep = 1.0 - sparsity
-        adapters = 4 * self.adapter_bytes(1.0 - keep, rank)
-        values = shape.layers * shape.hidden * (5 + 12 * keep) + 2 * heads * shape.queries * self.length
+        weights = FLOAT_BYTES * (shape.total_parameters - sparsity * shape.prunable_parameters)
+        adapters = 4 * self.adapter_bytes(sparsity, rank)
+        inside = [self._values_in_layer(heads, channels) for heads, channels in counts]
+        values = shape.layers * shape.hidden + max(inside) if self.gradient_checkpointing else sum(inside)
         values += 2 * shape.vocabulary  # logits and their gradient
         activations = FLOAT_BYTES * tokens * values
         return weights + adapters + activations
+
+    def _values_in_layer(self, heads: float, channels: float) -> float:
+        """Values per token that a layer keeps for its backward pass."""
+        shape = self.shape
+        kept = heads * shape.head_parameters + channels * shape.channel_parameters
+        keep = kept * shape.layers / shape.prunable_parameters
+        return shape.hidden * (5 + 12 * keep) + 2 * heads * shape.queries * self.length
 
     @cached_property
     def _flops_terms(self) -> tuple[float, float, float, float]:
@@ -132,4 +142,6 @@ class Workload:
 def workload_of(config: RunConfig, shape: ModelShape) -> Workload:
     """The cost formulas of a run."""
     scores = FLOAT_BYTES * shape.layers * (shape.heads + shape.channels) if config.target_sparsity > 0 else 0
-    return Workload(shape, config.local_iterations, config.batch_size, config.max_length, scores)
+    return Workload(
+        shape, config.local_iterations, config.batch_size, config.max_length, scores, config.gradient_checkpointing
+    )

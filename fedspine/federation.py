@@ -189,7 +189,7 @@ def finish_round(
         own |= {device: update_own(own.get(device), scores) for device, _, scores in scored}
     consensus = state.consensus
     if shared is not None and plan.floor > 0:
-        consensus = select(consensus, shared, plan.floor, shape)
+        consensus = select(consensus, shared, plan.floor, shape, config.layer_budget)
     new_state = ServerState(
         round=plan.round,
         arrays=arrays,
@@ -253,7 +253,7 @@ def _request(
     if scores is not None:
         before = structure.sparsity(shape)
         first = before + (action.pruning_ratio - before) / config.cuts_per_round
-        structure = select(structure, scores, first, shape)
+        structure = select(structure, scores, first, shape, config.layer_budget)
     return TrainRequest(
         round=round,
         device=device,

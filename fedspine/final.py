@@ -20,13 +20,14 @@ def prune_everyone(federation: Federation, state: ServerState, records: Sequence
     config, shape = federation.config, federation.shape
     if config.target_sparsity == 0 or state.shared_scores is None:
         return state
+    target, budget = config.target_sparsity, config.layer_budget
     took_part = Counter(pull.device for record in records for pull in record.pulls if pull.report.outcome == TRAINED)
-    uncut = select(Structure.full(shape), state.shared_scores, config.target_sparsity, shape)
+    uncut = select(Structure.full(shape), state.shared_scores, target, shape, budget)
     structures = dict.fromkeys(range(config.devices), uncut)
     for device, structure in state.structures.items():
         scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, took_part[device])
-        structures[device] = select(structure, scores or state.shared_scores, config.target_sparsity, shape)
-    consensus = select(state.consensus, state.shared_scores, config.target_sparsity, shape)
+        structures[device] = select(structure, scores or state.shared_scores, target, shape, budget)
+    consensus = select(state.consensus, state.shared_scores, target, shape, budget)
     return replace(state, structures=structures, consensus=consensus)
 
 

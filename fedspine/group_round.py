@@ -84,6 +84,7 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
                 loss = (_losses(resident, batch) * torch.from_numpy(weights).flatten().to(resident.device)).sum()
             with watch.part("backward"):
                 torch.autograd.backward(loss)
+                del loss
             with watch.part("score"):
                 if scorer is not None:
                     scorer.observe()

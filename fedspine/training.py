@@ -89,6 +89,7 @@ class LocalOptimizer:
                 else value
                 for key, value in state.items()
             }
+        self._optimizer.state.clear()
         resident.cut(structure)
         self._optimizer = self._fresh()
         for name, parameter in resident.parameters.items():
@@ -119,6 +120,7 @@ def tune(
             loss = batch_loss(resident, batch)
         with watch.part("backward"):
             torch.autograd.backward(loss)
+            del loss  # its graph: not beside that of the next step
         with watch.part("score"):
             observe()
         with watch.part("optimiser"):

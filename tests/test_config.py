@@ -23,6 +23,7 @@ UNUSUAL: dict[str, Any] = {
     "probe": "always",
     "devices": 1_000_000,
     "target_sparsity": 0.1 + 0.2,
+    "gradient_checkpointing": True,
     "rounds": 7,
 }
 
@@ -140,6 +141,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("lora_targets=q,v", ("lora_targets", "q,v")),
         ('lora_targets=["q", "v"]', ("lora_targets", ["q", "v"])),
         ("text_column=", ("text_column", "")),
+        ("gradient_checkpointing=true", ("gradient_checkpointing", True)),
     ],
 )
 def test_override_of_the_command_line(text: str, expected: tuple[str, Any]) -> None:

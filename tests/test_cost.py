@@ -30,6 +30,7 @@ def half() -> Structure:
 
 
 HALF = half()
+ADAPTER_VALUES = sum(array.size for array in narrow(random_arrays(RESIDENT), FULL, 4, SHAPE).values())
 
 
 def test_flops_by_hand() -> None:
@@ -129,6 +130,30 @@ def test_memory_falls_with_every_cut_and_rises_with_rank() -> None:
     assert all(low < high for low, high in pairwise(by_rank))
     assert replace(WORKLOAD, batch_size=4).memory_bytes(HALF, 4) > WORKLOAD.memory_bytes(HALF, 4)
     assert replace(WORKLOAD, length=18).memory_bytes(HALF, 4) > WORKLOAD.memory_bytes(HALF, 4)
+
+
+def test_gradient_checkpointing_costs_one_more_forward() -> None:
+    """Three times the base and four times the adapters, instead of two and three."""
+    tokens = 2 * 9
+    layer = 2 * tokens * 24 * (4 * 24 + 2 * 32) + 4 * tokens * 9 * 24
+    adapters = 2 * tokens * 4 * (3 * (24 + 24) + 2 * (24 + 32))
+    expected = 3 * (3 * 2 * layer + 4 * 2 * adapters)
+    again = replace(WORKLOAD, gradient_checkpointing=True)
+    assert again.round_flops(FULL, 4) == again.planned_flops(0.0, 4) == expected
+
+
+def test_gradient_checkpointing_needs_the_activations_of_the_largest_layer() -> None:
+    """And the input of each of the two. An uneven structure: half of the first layer, a quarter of the second."""
+    again = replace(WORKLOAD, gradient_checkpointing=True)
+    tokens = 2 * 9
+    rest = 4 * (sum(p.numel() for p in tiny_model().parameters()) + 4 * ADAPTER_VALUES)
+    assert again.memory_bytes(FULL, 4) == pytest.approx(rest + 4 * tokens * (2 * 24 + 24 * 17 + 2 * 4 * 9))
+    assert again.memory_bytes(FULL, 4) == pytest.approx(again.planned_memory_bytes(0.0, 4))
+    masks = [(np.arange(4) % step == 0, np.arange(32) % step == 0) for step in (2, 4)]
+    uneven = Structure.from_masks(masks)
+    inside = 4 * tokens * (2 * 24 + 24 * (5 + 12 * 0.5) + 2 * 2 * 9)
+    no_activations = WORKLOAD.memory_bytes(uneven, 4) - 4 * tokens * (24 * (10 + 12 * 0.75) + 2 * 3 * 9)
+    assert again.memory_bytes(uneven, 4) == pytest.approx(no_activations + inside)
 
 
 def test_memory_counts_the_attention_of_every_query_head() -> None:

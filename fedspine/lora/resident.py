@@ -1,7 +1,8 @@
 """One model per process, its base weights resident, re-cut and re-adapted for every device that it stands in for.
 
 PEFT puts the LoRA layers in place once. Mounting a device sets the weights of the projections to slices of the base
-and the adapters to the device's own, so that the model really is smaller: its matrix products shrink.
+and the adapters to the device's own, so that the model really is smaller: its matrix products shrink. A process that
+serves one device only need not keep what that device has cut: it mounts with `own`, and its memory shrinks too.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from fedspine.errors import ModelError
 from fedspine.lora.adapters import HEAD, kept_features
 from fedspine.lora.layer import ADAPTER, with_fused_lora
 from fedspine.pruning.families import describe, family_of, head_counters, head_of, projections
@@ -39,11 +42,13 @@ class ResidentModel:
         scale: float,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        checkpointing: bool = False,
     ) -> None:
         """Take over `model` (fresh, uncut, float32). `scale` is alpha / rank, the same for every rank mounted.
 
         `dtype`: of the frozen weights and of the arithmetic; adapters and head are float32 in any case. `device`:
-        torch's, such as cuda.
+        torch's, such as cuda. `checkpointing`: keep only the inputs of the layers for the backward pass, and compute
+        what is inside them again.
         """
         self.shape: ModelShape = describe(model, family, targets)
         self.scale = scale
@@ -73,25 +78,39 @@ class ResidentModel:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         _keep_first_token(model, family)
+        if checkpointing:
+            _checkpoint_layers(model, family)
         self._modules = {module.name: module for module in self.shape.modules}
-        self.structure = Structure.full(self.shape)
+        self.structure = self.held = Structure.full(self.shape)
+        """What is mounted, and what could be: all of the base but what was given up."""
+        self._own = False
         self.parameters: dict[str, nn.Parameter] = {}
 
     def head_arrays(self) -> dict[str, Array]:
         """The task head's tensors by wire name, as they were loaded: no device's, whatever is mounted."""
         return {name: value.copy() for name, value in self._start.items()}
 
-    def mount(self, structure: Structure, arrays: Arrays, merge: bool = False) -> None:
+    def mount(self, structure: Structure, arrays: Arrays, merge: bool = False, own: bool = False) -> None:
         """Become the model of one device: cut to `structure`, with adapters and head from `arrays` (narrow).
 
         `merge`: fold the adapters into the weights, for evaluation; nothing is trainable then.
+        `own`: give up what `structure` has cut, for good, and what `cut` will: the memory is freed.
         Arrays with one dimension more, in front, are those of several devices: a batch is then as many equal parts.
         Every array is consumed: a wrong or missing name raises `KeyError`.
+        Errors: `ModelError` when the structure keeps what was given up.
         """
-        unused = set(arrays)
+        if not self.held.contains(structure):
+            gone = self.held.sparsity(self.shape)
+            raise ModelError(
+                f"a structure with {structure.sparsity(self.shape):.3f} of the prunable parameters cut keeps some that "
+                f"this process has given up (it holds a part with {gone:.3f} cut): load the model again"
+            )
+        unused, self._own = set(arrays), own
         self.parameters = {}
         for module in self.projections:
             self._cut_base(module, structure)
+        if own:
+            self.held = structure
         for (heads, _), counters in zip(structure.counts(), self._head_counters, strict=True):
             for owner, attribute, count in counters:
                 setattr(owner, attribute, count * heads // self.shape.heads)
@@ -120,7 +139,7 @@ class ResidentModel:
         for name, array in arrays.items():
             keep = self.still_kept(name, structure)
             narrowed[name] = array if keep is None else np.take(array, keep[1], axis=keep[0])
-        self.mount(structure, narrowed)
+        self.mount(structure, narrowed, own=self._own)
 
     def still_kept(self, name: str, structure: Structure) -> tuple[int, np.ndarray] | None:
         """(axis, positions among the current features) of an array that stay under `structure`; None: all of it."""
@@ -148,11 +167,14 @@ class ResidentModel:
 
     def _cut_base(self, module: ModuleShape, structure: Structure) -> None:
         weight, bias = self._base[module.name]
-        if not structure.mask(module.layer, module.unit).all():
-            kept = self._tensor(kept_features(module, structure))
+        held, wanted = (module.features(each.mask(module.layer, module.unit)) for each in (self.held, structure))
+        if not wanted[held].all():
+            kept = self._tensor(np.flatnonzero(wanted[held]))
             weight = weight.index_select(0 if module.axis == "rows" else 1, kept)
             if bias is not None and module.axis == "rows":
                 bias = bias.index_select(0, kept)
+        if self._own:
+            self._base[module.name] = weight, bias
         linear = self._linear(module.name)
         linear.out_features, linear.in_features = weight.shape
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -235,6 +257,18 @@ def _first_token_attention(
     )
     output = functional.scaled_dot_product_attention(query, key, value, mask, scale=attention.scaling)
     return output.transpose(1, 2).flatten(2), None
+
+
+def _checkpoint_layers(model: nn.Module, model_type: str) -> None:
+    """Gradient checkpointing, layer by layer; without gradients it changes nothing.
+
+    transformers' own works in training mode only, and these models stay in evaluation mode.
+    """
+    config: Any = model.config
+    config.use_cache = False  # a cache of keys and values would be filled twice
+    layers: Any = model.get_submodule(family_of(model_type).layers)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _to(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

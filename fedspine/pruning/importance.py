@@ -7,7 +7,7 @@ add one, write a class with `observe` and `scores` and name it in `SCORERS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -87,21 +87,18 @@ class FisherScorer(_Smoothed):
                 module = resident.model.get_submodule(projection.name)
                 self._handles.append(module.register_forward_pre_hook(self._watch(projection)))
 
-    def _watch(self, projection: ModuleShape) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            output = inputs[0]
-            if not output.requires_grad:
-                return
-            value = output.detach()
+    def _watch(self, projection: ModuleShape) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor | None]:
+        def take(value: torch.Tensor, gradient: torch.Tensor) -> None:
+            per_example = (value * gradient).sum(1).float()
+            if projection.unit_size > 1:
+                per_example = per_example.reshape(len(per_example), -1, projection.unit_size).sum(2)
+            by_device = per_example.square().reshape(1 + len(self._others), -1, per_example.shape[1])
+            self._seen[projection.layer, projection.unit] = by_device.sum(1).cpu().numpy()
 
-            def take(gradient: torch.Tensor) -> None:
-                per_example = (value * gradient).sum(1).float()
-                if projection.unit_size > 1:
-                    per_example = per_example.reshape(len(per_example), -1, projection.unit_size).sum(2)
-                by_device = per_example.square().reshape(1 + len(self._others), -1, per_example.shape[1])
-                self._seen[projection.layer, projection.unit] = by_device.sum(1).cpu().numpy()
-
-            output.register_hook(take)  # type: ignore[no-untyped-call]
+        def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+            if not inputs[0].requires_grad:
+                return None
+            return _Watched.apply(inputs[0], take)  # type: ignore[no-any-return, no-untyped-call]
 
         return before
 
@@ -122,6 +119,25 @@ class FisherScorer(_Smoothed):
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+class _Watched(torch.autograd.Function):
+    """The identity; in the backward pass it hands its value and its gradient to a function.
+
+    Autograd keeps the value, not a closure: so it is the tensor that the next product saves anyway, it is freed as soon
+    as it was used, and gradient checkpointing may drop it and compute it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, take: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
+        ctx.save_for_backward(value)
+        ctx.take = take
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.take(*ctx.saved_tensors, *gradients)
+        return gradients[0], None
 
 
 class LoraGradientScorer(_Smoothed):

@@ -1,9 +1,13 @@
-"""Which structures to cut for a given ratio: the same share in every layer, least important first.
+"""Which structures to cut for a given ratio, least important first. Cutting is monotone: only what is kept can go.
 
-Cutting is monotone: only what is still kept can go. The number of heads is rounded, and the FFN channels make up for
-it, so that the sparsity in parameters is exact to half a channel per layer. A head goes only when enough channels are
-left to make up for it: otherwise a model that was cut in steps would end above the ratio. (Uniform layer budget of
-LoRAPrune, arXiv 2305.18403.)
+The budget `uniform` cuts the same share of every layer (LoRAPrune, arXiv 2305.18403). The number of heads is rounded,
+and the FFN channels make up for it, so that the sparsity in parameters is exact to half a channel per layer. A head
+goes only when enough channels are left to make up for it: otherwise a model that was cut in steps would end above the
+ratio.
+
+The budget `global` compares heads and channels of all layers by score per parameter (the salience density of APT, arXiv
+2401.12200), with the scores of every layer scaled to unit norm, as gradients differ in size between layers. The ratio
+is reached, and passed by less than one head or channel.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ def check_reachable(target: float, shape: ModelShape) -> None:
 def layer_budget(ratio: float, shape: ModelShape, kept: tuple[int, int] | None = None) -> tuple[int, int]:
     """(heads, channels) to keep of a layer at a ratio of its prunable parameters; `kept` is what it has (default all).
 
-    More channels than it has mean that the layer is cut that far already.
+    More channels than it has mean that the layer is cut that far already. For the budget `uniform`.
     """
     most_heads, most_channels = kept or (shape.heads, shape.channels)
     heads = min(most_heads, max(1, round((1.0 - ratio) * shape.heads)))
@@ -47,8 +51,13 @@ def layer_budget(ratio: float, shape: ModelShape, kept: tuple[int, int] | None =
     return heads, min(shape.channels, max(_least_channels(shape), channels))
 
 
-def select(structure: Structure, scores: Scores, ratio: float, shape: ModelShape) -> Structure:
-    """Cut `structure` to `ratio` by `scores`; a structure that is cut that far already stays as it is."""
+def select(structure: Structure, scores: Scores, ratio: float, shape: ModelShape, budget: str = "uniform") -> Structure:
+    """Cut `structure` to `ratio` by `scores`; a structure that is cut that far already stays as it is.
+
+    `budget`: `uniform` or `global`, the value of the configuration key `layer_budget`.
+    """
+    if budget == "global":
+        return _select_globally(structure, scores, ratio, shape)
     masks = []
     for layer, (head_scores, channel_scores) in enumerate(scores):
         kept = int(structure.head_mask(layer).sum()), int(structure.channel_mask(layer).sum())
@@ -60,6 +69,34 @@ def select(structure: Structure, scores: Scores, ratio: float, shape: ModelShape
             )
         )
     return Structure.from_masks(masks)
+
+
+def _select_globally(structure: Structure, scores: Scores, ratio: float, shape: ModelShape) -> Structure:
+    """Arrays are [layers, heads + channels]; every layer keeps its best head and its floor of channels."""
+    left = round((1.0 - ratio) * shape.prunable_parameters)
+    if structure.kept_parameters(shape) <= left:
+        return structure
+    kept, floor = [], []
+    for layer, (head_scores, channel_scores) in enumerate(scores):
+        heads, channels = structure.head_mask(layer), structure.channel_mask(layer)
+        kept.append(np.concatenate([heads, channels]))
+        best = _keep_best(heads, head_scores, 1), _keep_best(channels, channel_scores, _least_channels(shape))
+        floor.append(np.concatenate(best))
+    values = np.stack([np.concatenate(parts) for parts in scores]).astype(np.float64)
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    sizes = np.repeat([shape.head_parameters, shape.channel_parameters], [shape.heads, shape.channels])
+    density = values / np.where(norms > 0, norms, 1.0) / sizes
+    density[np.stack(floor)] = np.inf
+    density[~np.stack(kept)] = -np.inf
+    order = np.argsort(-density, axis=None, kind="stable")[: np.sum(kept)]
+    costs = np.cumsum(np.broadcast_to(sizes, density.shape).ravel()[order])
+    fits = max(int(np.searchsorted(costs, left, side="right")), int(np.sum(floor)))
+    # Where a head is too large for what is left, the best of the remaining channels fill it.
+    others = order[fits:][order[fits:] % len(sizes) >= shape.heads]
+    room = max(0, int((left - costs[fits - 1]) // shape.channel_parameters))
+    result = np.zeros(density.shape, dtype=np.bool_)
+    result.flat[np.concatenate([order[:fits], others[:room]])] = True
+    return Structure.from_masks([(row[: shape.heads], row[shape.heads :]) for row in result])
 
 
 def _channels_beside(heads: int, ratio: float, shape: ModelShape) -> int:

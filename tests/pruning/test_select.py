@@ -9,6 +9,7 @@ from fedspine.errors import ModelError
 from fedspine.pruning.families import describe
 from fedspine.pruning.select import check_reachable, max_sparsity, select
 from fedspine.structure import Structure
+from fedspine.types import Scores
 from tests.tiny import TARGETS, random_scores, tiny_model
 
 SHAPE = describe(tiny_model(), "bert", TARGETS)
@@ -55,3 +56,69 @@ def test_unreachable_target_is_an_error() -> None:
     check_reachable(limit, SHAPE)
     with pytest.raises(ModelError, match=r"target_sparsity = 0\.95: this model can be cut to at most 0\.\d+"):
         check_reachable(0.95, SHAPE)
+
+
+def wide_scores(scale: float = 1.0, seed: int = 0) -> Scores:
+    """Those of the first layer `scale` times those of the second, and heads as many times a channel's as they weigh."""
+    rng = np.random.default_rng(seed)
+    weight = SHAPE.head_parameters / SHAPE.channel_parameters
+    return tuple(
+        ((factor * weight * rng.random(4)).astype(np.float32), (factor * rng.random(32)).astype(np.float32))
+        for factor in (scale, 1.0)
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.7])
+def test_global_sparsity_is_met_and_passed_by_less_than_a_unit(ratio: float, seed: int) -> None:
+    structure = select(Structure.full(SHAPE), wide_scores(seed=seed), ratio, SHAPE, "global")
+    passed = (structure.sparsity(SHAPE) - ratio) * SHAPE.prunable_parameters
+    channels_to_spare = any(count < SHAPE.channels for _, count in structure.counts())
+    assert -1 <= passed < (SHAPE.channel_parameters if channels_to_spare else SHAPE.head_parameters)
+
+
+def test_global_cuts_are_monotone_and_end_at_the_floors() -> None:
+    structure = Structure.full(SHAPE)
+    for step, ratio in enumerate((0.1, 0.2, 0.35, 0.5, 0.65, max_sparsity(SHAPE))):
+        smaller = select(structure, wide_scores(seed=step), ratio, SHAPE, "global")
+        assert structure.contains(smaller)
+        assert not smaller.contains(structure)
+        assert all(heads >= 1 and channels >= 1 for heads, channels in smaller.counts())
+        for again in (ratio, smaller.sparsity(SHAPE), 0.2 * ratio):
+            assert select(smaller, wide_scores(seed=9), again, SHAPE, "global") == smaller
+        structure = smaller
+    assert structure.counts() == ((1, 1), (1, 1))
+    assert structure.sparsity(SHAPE) == pytest.approx(max_sparsity(SHAPE))
+
+
+def test_global_keeps_the_best_per_parameter_wherever_it_is() -> None:
+    """Against a sort by hand; a common factor of a layer's scores, as gradients have, makes no difference."""
+    scores = wide_scores()
+    structure = select(Structure.full(SHAPE), scores, 0.5, SHAPE, "global")
+    assert select(Structure.full(SHAPE), wide_scores(1000.0), 0.5, SHAPE, "global") == structure
+    assert len(set(structure.counts())) == 2
+    kept, cut = [], []
+    for layer, (heads, channels) in enumerate(scores):
+        norm = float(np.linalg.norm(np.concatenate([heads, channels])))
+        for part, unit, size in (
+            (heads, "heads", SHAPE.head_parameters),
+            (channels, "channels", SHAPE.channel_parameters),
+        ):
+            mask = structure.mask(layer, unit)
+            density = part / norm / size
+            kept.append((unit, density[mask]))
+            cut.append((unit, density[~mask]))
+    worst_head = min(values.min() for unit, values in kept if unit == "heads")
+    best_cut_head = max(values.max() for unit, values in cut if unit == "heads")
+    worst_channel = min(values.min() for unit, values in kept if unit == "channels")
+    best_cut_channel = max(values.max() for unit, values in cut if unit == "channels")
+    assert worst_head > best_cut_head
+    assert worst_channel > best_cut_channel
+    assert worst_head > best_cut_channel
+
+
+def test_a_layer_without_scores_keeps_its_floor() -> None:
+    scores = (wide_scores()[0], (np.zeros(4, np.float32), np.zeros(32, np.float32)))
+    structure = select(Structure.full(SHAPE), scores, 0.5, SHAPE, "global")
+    assert structure.counts()[1] == (1, 1)
+    assert structure == select(Structure.full(SHAPE), scores, 0.5, SHAPE, "global")
