@@ -14,11 +14,22 @@ from fedspine.config import RunConfig
 from fedspine.errors import FedSpineError
 
 if TYPE_CHECKING:
+    from fedspine.comparison import Comparison, compare
     from fedspine.schedule_only import ScheduleResult, schedule
     from fedspine.simulation import RunResult, simulate
 
 __version__ = "0.1.0"
-__all__ = ["FedSpineError", "RunConfig", "RunResult", "ScheduleResult", "__version__", "schedule", "simulate"]
+__all__ = [
+    "Comparison",
+    "FedSpineError",
+    "RunConfig",
+    "RunResult",
+    "ScheduleResult",
+    "__version__",
+    "compare",
+    "schedule",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from fedspine import simulation
 
         return getattr(simulation, name)
+    if name in ("Comparison", "compare"):
+        from fedspine import comparison
+
+        return getattr(comparison, name)
     if name in ("ScheduleResult", "schedule"):
         from fedspine import schedule_only
 
