@@ -11,6 +11,7 @@ fedspine.bench("model").ratios()
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fedspine.config import RunConfig
@@ -19,6 +20,7 @@ from fedspine.errors import FedSpineError
 if TYPE_CHECKING:
     from fedspine.artifact import load_model
     from fedspine.benchmark import BenchResult, bench
+    from fedspine.comparison import Comparison, compare
     from fedspine.exporting import ExportResult, export
     from fedspine.schedule_only import ScheduleResult, schedule
     from fedspine.simulation import RunResult, simulate
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BenchResult",
+    "Comparison",
     "ExportResult",
     "FedSpineError",
     "RunConfig",
@@ -33,6 +36,7 @@ __all__ = [
     "ScheduleResult",
     "__version__",
     "bench",
+    "compare",
     "export",
     "load_model",
     "schedule",
@@ -40,26 +44,18 @@ __all__ = [
 ]
 
 
+_MODULES = {
+    **dict.fromkeys(("RunResult", "simulate"), "simulation"),
+    **dict.fromkeys(("Comparison", "compare"), "comparison"),
+    **dict.fromkeys(("ScheduleResult", "schedule"), "schedule_only"),
+    **dict.fromkeys(("BenchResult", "bench"), "benchmark"),
+    **dict.fromkeys(("ExportResult", "export"), "exporting"),
+    "load_model": "artifact",
+}
+
+
 def __getattr__(name: str) -> Any:
     # Only on first use: torch, transformers and Flower take seconds to import, and `fedspine --help` needs none.
-    if name in ("RunResult", "simulate"):
-        from fedspine import simulation
-
-        return getattr(simulation, name)
-    if name in ("ScheduleResult", "schedule"):
-        from fedspine import schedule_only
-
-        return getattr(schedule_only, name)
-    if name in ("BenchResult", "bench"):
-        from fedspine import benchmark
-
-        return getattr(benchmark, name)
-    if name in ("ExportResult", "export"):
-        from fedspine import exporting
-
-        return getattr(exporting, name)
-    if name == "load_model":
-        from fedspine.artifact import load_model
-
-        return load_model
-    raise AttributeError(f"module 'fedspine' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fedspine' has no attribute {name!r}")
+    return getattr(import_module(f"fedspine.{_MODULES[name]}"), name)

@@ -66,6 +66,7 @@ def summarise(
         "uploaded_bytes": sum(record.uploaded_bytes for record in records),
         "downloaded_bytes": sum(record.downloaded_bytes for record in records),
         "devices_that_took_part": len({pull.device for pull in pulls if pull.report.outcome == TRAINED}),
+        "device_memory_bytes": max((pull.report.peak_memory_bytes for pull in pulls), default=0),
         "out_of_memory": sum(pull.report.outcome == OUT_OF_MEMORY for pull in pulls),
         "wall_seconds": sum(record.wall["seconds"] for record in records),
         "startup_seconds": startup_seconds,
@@ -78,11 +79,14 @@ def time_to_target(records: Sequence[RoundRecord], target: float) -> float | Non
     """First virtual second at which the smoothed accuracy reaches `target`; 0 or never gives None."""
     if target <= 0:
         return None
+    smoothed = ((record.clock_seconds, record.smoothed_accuracy) for record in records)
+    return crossing([(seconds, accuracy) for seconds, accuracy in smoothed if accuracy is not None], target)
+
+
+def crossing(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Where the straight lines between (seconds, accuracy) points first reach `target`; None if they never do."""
     before: tuple[float, float] | None = None
-    for record in records:
-        if record.smoothed_accuracy is None:
-            continue
-        now = (record.clock_seconds, record.smoothed_accuracy)
+    for now in curve:
         if now[1] >= target:
             if before is None or now[1] == before[1]:
                 return now[0]

@@ -1,0 +1,281 @@
+"""`fedspine.compare`: methods x seeds on the same devices, data and clock, run by run, resumable.
+
+A seed fixes the partition, the devices' draws, who is sampled when and every batch, whatever the method: differences
+between methods are paired. Each run is a process of its own, `fedspine simulate`, into `DIR/runs/NAME-seedK`; a
+finished run is not run again, a killed one continues.
+
+Directory: `runs/`, `comparison.json` (every figure and curve), `tables.md`, and figures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fedspine import __version__
+from fedspine.config import METHODS, RunConfig, load_config
+from fedspine.errors import CheckpointError, ConfigError, FederationError
+from fedspine.report.records import write_atomically
+
+FILE = "comparison.json"
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    method: str
+    """Its row in the tables."""
+    seed: int
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return f"{re.sub('[^a-z0-9.]+', '-', self.method.lower()).strip('-')}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is."""
+
+    state: str
+    """`waiting`, `running`, `finished`, `failed`."""
+    round: int = 0
+    accuracy: float | None = None
+    """Smoothed, when it was last evaluated; in the end the devices' mean."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` leaves."""
+
+    directory: Path
+    runs: tuple[dict[str, Any], ...]
+    """Method, seed, summary and curve of every run."""
+    tables: str
+    """Markdown."""
+
+
+def compare(
+    config: str | Path | None = None,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: int = 3,
+    parallel: int = 1,
+    out: str | Path = "comparison",
+    on_progress: Callable[[Cell, Progress], None] = lambda cell, progress: None,
+    **keys: Any,
+) -> Comparison:
+    """Run every method with seeds 0, 1, ... and put them side by side.
+
+    `config`: a TOML file of the keys that all share, with a table `[methods.NAME]` for each method of one's own: a
+    preset (`method`, by default the one of that name) and its keys. A method's own keys go before those of its preset,
+    and these before what all share. `keys` override what all share.
+    `methods`: which, the reference first; by default all tables of the file, or else all presets.
+    `parallel`: runs at a time, one process each. `out`: continued if it holds this comparison.
+
+    Errors: subclasses of `FedSpineError`; before anything is written, but for a run that fails.
+    """
+    cells = plan(config, methods, seeds, keys)
+    if parallel < 1:
+        raise ConfigError(f"parallel = {parallel}: must be at least 1")
+    directory = Path(out)
+    _check_same(directory, cells)
+    (directory / "runs").mkdir(parents=True, exist_ok=True)
+    _run_all(cells, directory / "runs", parallel, on_progress)
+    return collect(cells, directory)
+
+
+def plan(config: str | Path | None, methods: Sequence[str] | None, seeds: int, keys: Mapping[str, Any]) -> list[Cell]:
+    """The runs, seed by seed, so that an unfinished comparison has whole seeds.
+
+    Errors: `ConfigError` for a file or key that cannot be used, an unknown method, too few seeds.
+    """
+    if seeds < 1:
+        raise ConfigError(f"seeds = {seeds}: must be at least 1")
+    shared, own = _read(config)
+    shared |= keys
+    if "seed" in shared or "method" in shared:
+        word = "seed" if "seed" in shared else "method"
+        raise ConfigError(f"{word}: a comparison sets it itself; use --{word}s")
+    chosen = list(methods or own or METHODS)
+    if repeated := next((name for name in chosen if chosen.count(name) > 1), None):
+        raise ConfigError(f"methods: '{repeated}' is named twice")
+    for name in chosen:
+        if name not in own and name not in METHODS:
+            raise ConfigError(
+                f"methods: '{name}' is neither a preset ({', '.join(METHODS)}) nor a table [methods.\"{name}\"] of the "
+                "configuration"
+            )
+    configs = {name: _of_method(name, shared, own.get(name, {})) for name in chosen}
+    cells = [Cell(name, seed, replace(config, seed=seed)) for seed in range(seeds) for name, config in configs.items()]
+    names = [cell.name for cell in cells]
+    if clash := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"methods: two of them would share the directory {clash}; rename one")
+    return cells
+
+
+def collect(cells: Sequence[Cell], directory: Path) -> Comparison:
+    """Figures, tables and plots of the finished runs, written into `directory`."""
+    # Only now: matplotlib and scipy take a second to import.
+    from fedspine.report.comparison_figures import draw_comparison
+    from fedspine.report.comparison_tables import as_markdown
+
+    runs = tuple(found for cell in cells if (found := _finished(cell, directory / "runs" / cell.name)) is not None)
+    if not runs:
+        raise CheckpointError(f"{directory}: no run is finished yet")
+    text = as_markdown(runs)
+    about = {"fedspine": __version__, "runs": runs}
+    write_atomically(directory / FILE, (json.dumps(about, indent=1) + "\n").encode())
+    write_atomically(directory / "tables.md", text.encode())
+    draw_comparison(runs, directory)
+    return Comparison(directory, runs, text)
+
+
+def _read(config: str | Path | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(keys that all share, keys by method) of a TOML file."""
+    if config is None:
+        return {}, {}
+    try:
+        values = tomllib.loads(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        load_config(Path(config), {})  # says what is wrong with it
+        raise
+    own = values.pop("methods", {})
+    if not isinstance(own, dict) or not all(isinstance(keys, dict) for keys in own.values()):
+        raise ConfigError(f"{config}: methods must be tables, such as [methods.fedavg]")
+    return values, own
+
+
+def _of_method(name: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> RunConfig:
+    preset = own.get("method", name if name in METHODS else "fedspine")
+    if preset not in METHODS:
+        raise ConfigError(f"[methods.{name}] method = {preset!r}: must be one of {', '.join(METHODS)}")
+    try:
+        return RunConfig.from_values({**shared, **METHODS[preset], **own, "method": preset})
+    except ConfigError as error:
+        raise ConfigError(f"method '{name}': {error}") from None
+
+
+def _check_same(directory: Path, cells: Sequence[Cell]) -> None:
+    """Errors: `CheckpointError` when the directory holds something else, or runs of another configuration."""
+    if not directory.exists():
+        return
+    if not directory.is_dir() or (any(directory.iterdir()) and not (directory / "runs").is_dir()):
+        raise CheckpointError(f"--out {directory}: holds something else than a comparison; choose another directory")
+    for cell in cells:
+        path = directory / "runs" / cell.name / "config.toml"
+        if path.exists() and (found := load_config(path, {})) != cell.config:
+            key = next(f.name for f in fields(found) if getattr(found, f.name) != getattr(cell.config, f.name))
+            raise CheckpointError(
+                f"--out {directory}: run {cell.name} there has {key} = {getattr(found, key)!r}, now it would be "
+                f"{getattr(cell.config, key)!r}; choose another directory"
+            )
+
+
+def _run_all(
+    cells: Sequence[Cell], directory: Path, parallel: int, on_progress: Callable[[Cell, Progress], None]
+) -> None:
+    """Stops at the first failure, after the runs that are under way. Errors: `FederationError` with its message."""
+    stop = threading.Event()
+    running: set[subprocess.Popen[str]] = set()
+
+    def one(cell: Cell) -> str | None:
+        if stop.is_set():
+            return None
+        failure = _run(cell, directory / cell.name, on_progress, running, stop)
+        if failure:
+            stop.set()
+        return failure
+
+    todo = []
+    for cell in cells:
+        accuracy = _final_accuracy(directory / cell.name)
+        on_progress(
+            cell, Progress("waiting") if accuracy is None else Progress("finished", cell.config.rounds, accuracy)
+        )
+        todo += [cell] if accuracy is None else []
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            failures = [failure for failure in pool.map(one, todo) if failure]
+        except BaseException:  # interrupted: the runs end too, and continue the next time
+            stop.set()
+            for process in list(running):
+                process.terminate()
+            raise
+    if failures:
+        raise FederationError(failures[0])
+
+
+def _run(
+    cell: Cell,
+    directory: Path,
+    on_progress: Callable[[Cell, Progress], None],
+    running: set[subprocess.Popen[str]],
+    stop: threading.Event,
+) -> str | None:
+    """One run in a process; what went wrong, if something did."""
+    command = [sys.executable, "-m", "fedspine", "simulate", "--engine", "auto", "--workers", "1", "--json"]
+    if (directory / "config.toml").exists():
+        command += ["--resume", str(directory)]
+    else:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        keys = directory.with_suffix(".toml")
+        write_atomically(keys, cell.config.to_toml().encode())
+        command += [str(keys), "--out", str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        running.add(process)
+        errors: list[str] = []
+        reader = threading.Thread(target=lambda: errors.append(process.stderr.read() if process.stderr else ""))
+        reader.start()
+        while process.poll() is None and not stop.is_set():
+            on_progress(cell, Progress("running", *_last_round(directory)))
+            time.sleep(_POLL_SECONDS)
+        process.wait()
+        reader.join()
+        running.discard(process)
+    if process.returncode:
+        on_progress(cell, Progress("failed"))
+        return f"run {cell.name}: {errors[0].strip().removeprefix('fedspine: error: ')[-2000:]}"
+    directory.with_suffix(".toml").unlink(missing_ok=True)
+    on_progress(cell, Progress("finished", cell.config.rounds, _final_accuracy(directory)))
+    return None
+
+
+def _last_round(directory: Path) -> tuple[int, float | None]:
+    """(last round, last smoothed accuracy) in a run's records, without reading more than is needed."""
+    path = directory / "rounds.jsonl"
+    if not path.exists():
+        return 0, None
+    lines = path.read_bytes().split(b"\n")[:-1]
+    accuracies = (found for line in reversed(lines) if (found := json.loads(line)["smoothed_accuracy"]) is not None)
+    return len(lines), next(accuracies, None)
+
+
+def _final_accuracy(directory: Path) -> float | None:
+    path = directory / "summary.json"
+    return float(json.loads(path.read_text())["device_accuracy_mean"]) if path.exists() else None
+
+
+def _finished(cell: Cell, directory: Path) -> dict[str, Any] | None:
+    if _final_accuracy(directory) is None:
+        return None
+    lines = [json.loads(line) for line in (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    curve = [
+        {key: line[key] for key in ("round", "clock_seconds", "accuracy", "smoothed_accuracy")}
+        for line in lines
+        if line["accuracy"] is not None
+    ]
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    return {"method": cell.method, "seed": cell.seed, "summary": summary, "curve": curve}

@@ -1,0 +1,166 @@
+"""Comparisons: the same devices for all methods, finished runs kept, and tables that say what can be told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedspine.cli import main
+from fedspine.comparison import Cell, Progress, compare, plan
+from fedspine.errors import CheckpointError, ConfigError, FederationError
+from fedspine.report.comparison_tables import as_markdown, common_target, interval, paired_difference, paired_ratio
+from fedspine.simulation import simulate
+from tests.small_run import KEYS, figures, options, write_data, write_model
+
+METHODS = ["fedavg", "fedspine"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    where = tmp_path_factory.mktemp("comparison")
+    folders = {"model": str(write_model(where / "model")), "data": str(write_data(where / "data"))}
+    return {**KEYS, "rounds": 2, "eval_every": 1, **folders}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shared: dict[str, Any]) -> Path:
+    directory = tmp_path_factory.mktemp("finished") / "both"
+    compare(methods=METHODS, seeds=2, parallel=2, out=directory, **shared)
+    return directory
+
+
+def test_runs_are_those_of_simulate(tmp_path: Path, finished: Path, shared: dict[str, Any]) -> None:
+    simulate(out=tmp_path / "one", seed=1, method="fedavg", **{**shared, "target_sparsity": 0.0})
+    assert figures(finished / "runs/fedavg-seed1") == figures(tmp_path / "one")
+
+
+def test_everything_is_written(finished: Path) -> None:
+    runs = json.loads((finished / "comparison.json").read_text())["runs"]
+    assert [(run["method"], run["seed"]) for run in runs] == [(m, seed) for seed in (0, 1) for m in METHODS]
+    assert [point["round"] for point in runs[0]["curve"]] == [1, 2]
+    assert "| fedspine | 2 | 40 % |" in (finished / "tables.md").read_text()
+    assert all((finished / name).stat().st_size > 5_000 for name in ("curves.png", "costs.png"))
+    assert not list((finished / "runs").glob("*.toml"))
+
+
+def test_devices_and_data_are_the_same_for_all(finished: Path) -> None:
+    lines = [
+        json.loads((finished / f"runs/{method}-seed0/rounds.jsonl").read_text().splitlines()[0]) for method in METHODS
+    ]
+    assert [pull["device"] for pull in lines[0]["pulls"]] == [pull["device"] for pull in lines[1]["pulls"]]
+    assert [p["report"]["examples"] for p in lines[0]["pulls"]] == [p["report"]["examples"] for p in lines[1]["pulls"]]
+
+
+def test_only_what_is_missing_runs(finished: Path, shared: dict[str, Any]) -> None:
+    before = (finished / "comparison.json").read_text()
+    path = finished / "runs/fedspine-seed1/summary.json"
+    path.unlink()
+    seen: list[tuple[str, int]] = []
+
+    def listen(cell: Cell, progress: Progress) -> None:
+        if progress.state == "running" and (cell.method, cell.seed) not in seen:
+            seen.append((cell.method, cell.seed))
+
+    compare(methods=METHODS, seeds=2, out=finished, on_progress=listen, **shared)
+    assert seen == [("fedspine", 1)]
+    again, first = (json.loads(text)["runs"] for text in ((finished / "comparison.json").read_text(), before))
+    assert [run["curve"] for run in again] == [run["curve"] for run in first]
+
+
+def test_another_configuration_is_refused(finished: Path, shared: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="fedavg-seed0 there has rounds = 2, now it would be 3"):
+        compare(methods=METHODS, seeds=2, out=finished, **{**shared, "rounds": 3})
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, shared: dict[str, Any]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds something else than a comparison"):
+        compare(methods=METHODS, out=tmp_path, **shared)
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path, shared: dict[str, Any]) -> None:
+    with pytest.raises(FederationError, match=r"run fedavg-seed0: data = '.*nowhere': there is no such file or folder"):
+        compare(methods=["fedavg"], seeds=1, out=tmp_path / "x", **{**shared, "data": str(tmp_path / "nowhere")})
+
+
+def test_methods_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'rounds = 4\ntarget_sparsity = 0.6\n[methods.fedavg]\n[methods."One shot"]\nschedule = "one-shot"\n'
+        '[methods.faithful]\nmethod = "fedspine-paper"\nmax_step_ratio = 0.3\n'
+    )
+    cells = plan(path, None, 2, {"rounds": 5})
+    assert [cell.name for cell in cells][:3] == ["fedavg-seed0", "one-shot-seed0", "faithful-seed0"]
+    fedavg, one_shot, faithful = (cell.config for cell in cells[3:])
+    assert {config.seed for config in (fedavg, one_shot, faithful)} == {1}
+    assert {config.rounds for config in (fedavg, one_shot, faithful)} == {5}
+    assert (fedavg.target_sparsity, one_shot.target_sparsity) == (0.0, 0.6)
+    assert (one_shot.method, one_shot.schedule) == ("fedspine", "one-shot")
+    assert (faithful.policy, faithful.max_step_ratio) == ("s-ucb", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("methods", "keys", "message"),
+    [
+        (["fedbest"], {}, "'fedbest' is neither a preset"),
+        (["fedavg", "fedavg"], {}, "'fedavg' is named twice"),
+        (["fedavg"], {"seed": 3}, "use --seeds"),
+        (["fedavg"], {"method": "fedspine"}, "use --methods"),
+        (["fedavg"], {"round": 3}, "method 'fedavg': unknown key 'round': did you mean 'rounds'?"),
+    ],
+)
+def test_refused(methods: list[str], keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(None, methods, 1, keys)
+    assert message in str(caught.value)
+
+
+def test_command_line(tmp_path: Path, shared: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", "--methods", "fedspine", "--seeds", "1", "--out", str(tmp_path / "out"), *options(shared)]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["method"] == "fedspine"
+    assert main(arguments) == 0
+    assert "Accuracy; points" in capsys.readouterr().err
+    assert main(["compare", "--seeds", "0"]) == 2
+    assert "seeds = 0: must be at least 1" in capsys.readouterr().err
+
+
+def run(method: str, seed: int, accuracy: float, speed: float = 1.0) -> dict[str, Any]:
+    """A run that reaches `accuracy` on a straight line in 100 / speed seconds."""
+    summary = {
+        "device_accuracy_mean": accuracy,
+        "device_accuracy_min": accuracy - 0.1,
+        "smoothed_accuracy": accuracy,
+        "sparsity_prunable": 0.5,
+        "virtual_seconds": 100 / speed,
+        "mean_waiting_seconds": 1.0,
+        "uploaded_bytes": 1e6,
+        "downloaded_bytes": 2e6,
+        "device_memory_bytes": 3e8,
+    }
+    curve = [
+        {"round": number, "clock_seconds": 100 / speed * part, "accuracy": None, "smoothed_accuracy": accuracy * part}
+        for number, part in ((1, 0.0), (2, 1.0))
+    ]
+    return {"method": method, "seed": seed, "summary": summary, "curve": curve}
+
+
+def test_differences_are_paired() -> None:
+    """Seeds that differ by far do not hide a difference that is the same in each of them."""
+    slow = [run("slow", seed, 0.6 + 0.1 * seed) for seed in range(3)]
+    fast = [run("fast", seed, 0.61 + 0.1 * seed + 0.001 * (seed - 1), speed=2.0) for seed in range(3)]
+    assert paired_difference(fast, slow, "device_accuracy_mean") == "+1.0 ± 0.2"
+    same = [run("same", seed, 0.6 + 0.1 * seed + 0.01 * (seed - 1)) for seed in range(3)]
+    assert paired_difference(same, slow, "device_accuracy_mean").endswith(", not separable")
+    assert paired_ratio(fast, slow, lambda r: r["summary"]["virtual_seconds"]).startswith("2.00x (2.00 to 2.00)")
+    text = as_markdown([*slow, *fast])
+    assert "| fast | 3 | 50 % |" in text
+    assert common_target([*slow, *fast]) == 0.6
+
+
+def test_intervals_are_those_of_student() -> None:
+    assert interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
+    assert interval([1.0], 2) == "1.00"
