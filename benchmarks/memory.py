@@ -48,7 +48,7 @@ from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import load_population
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.lora.resident import ResidentModel
-from fedspine.model import load_model
+from fedspine.model import load_base
 from fedspine.pruning.families import describe, head_of
 from fedspine.pruning.select import select
 from fedspine.stopwatch import Stopwatch
@@ -133,7 +133,7 @@ def play(case: Case, subject: Subject) -> tuple[float, int]:
         torch_device=subject.device,
         gradient_checkpointing=case.checkpointing,
     )
-    model, family = load_model(config, 2, 0)
+    model, family = load_base(config, 2, 0)
     if not subject.mapped:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()

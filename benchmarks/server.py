@@ -32,7 +32,7 @@ DEVICES, PAST, REPLIES, RUNS = 1_000, 3_000, 100, 3
 def main() -> None:
     configure_threads(1)
     config = RunConfig(devices=DEVICES, sampled=DEVICES)
-    model, _, family = load_base(config, 2)
+    model, family = load_base(config, 2)
     resident = ResidentModel(model, family, config.lora_targets, config.max_rank, config.lora_scale)
     print(f"planning {DEVICES} devices, {PAST} past rounds of devices")
     for policy in ("fixed", "random", "s-ucb", "time-model", "fedspine"):
