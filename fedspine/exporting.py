@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -25,6 +26,7 @@ from fedspine.checkpoint import FILE, load_state
 from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig, load_config
 from fedspine.data.encode import evaluation_batches
+from fedspine.data.language import prompt_text
 from fedspine.errors import CheckpointError, ConfigError
 from fedspine.federation import ServerState
 from fedspine.lora.adapters import narrow
@@ -38,6 +40,8 @@ from fedspine.training import evaluate, tensors
 
 WARM_UP, REPEATS = 3, 15
 """Forward passes of each model whose latency is measured."""
+TEXT, QUESTION = "Once upon a time", "What is a leaf?"
+"""What the card gives a language model to begin with."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,20 @@ def export(
         stock = _write(bench, state, structure, merge, folder)
         model: Any = load_model(folder)
         if not merge:
-            model = PeftModel.from_pretrained(model, str(folder / ADAPTER)).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name of the past
+                model = PeftModel.from_pretrained(model, str(folder / ADAPTER)).eval()
         if onnx:
             _write_onnx(bench, state, structure, folder)
         measured = _measured(bench, model, sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
+        tokenizer = load_tokenizer(config)
         exported = Exported(
             config=config,
             summary=summary,
             round=state.round,
             classes=bench.data.classes,
+            prompt=prompt_text(tokenizer, QUESTION) if bench.data.test.pairs else TEXT,
+            chat=bool(bench.data.test.pairs and tokenizer.chat_template),
             shape=bench.shape,
             structure=structure,
             device=device,
@@ -160,7 +169,7 @@ def _write(bench: Workbench, state: ServerState, structure: Structure, merge: bo
 def _write_onnx(bench: Workbench, state: ServerState, structure: Structure, folder: Path) -> None:
     weights = _mounted(bench, state, structure, merge=True)
     model = assembled(weights, _settings(bench), bench.config.task, structure.counts())
-    longest = bench.test.take(np.argsort(-bench.test.lengths, kind="stable")[:5])
+    longest = bench.test.take(np.resize(np.argsort(-bench.test.lengths, kind="stable"), 5))  # rows repeat if too few
     batches = [*evaluation_batches(longest, 3, bench.pad_id), *evaluation_batches(_median_row(bench), 1, bench.pad_id)]
     save_onnx(model, folder, [tensors(batch, torch.device("cpu")) for batch in batches])
 

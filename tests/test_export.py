@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -27,7 +28,8 @@ from fedspine.lora.adapters import narrow
 from fedspine.report.card import command
 from fedspine.structure import Structure
 from fedspine.training import evaluate
-from tests.small_run import KEYS, write_data, write_model
+from tests.small_run import KEYS, WORDS, write_data, write_model
+from tests.test_language_model import RUN, write_instructions
 from tests.tiny import uneven_structure
 
 
@@ -131,6 +133,26 @@ def test_transformers_reads_a_run_without_pruning(run: Path, tmp_path: Path) -> 
     text = (tmp_path / "model/README.md").read_text(encoding="utf-8")
     assert 'AutoModelForSequenceClassification.from_pretrained("model")' in text
     assert "had not finished at the export: 1 of 3 rounds" in text
+
+
+def test_a_language_model_answers_after_its_export(tmp_path: Path) -> None:
+    """One that transformers reads by itself: as many heads and channels in every layer of a Llama."""
+    paths = {
+        "model": str(write_model(tmp_path / "base", family="llama", language=True)),
+        "data": str(write_instructions(tmp_path / "rows.jsonl")),
+    }
+    run = fedspine.simulate(**{**RUN, **paths}, out=tmp_path / "run").directory
+    done = fedspine.export(run, out=tmp_path / "model", merge=True)
+    assert done.stock
+    bench, _ = mounted(run, None)
+    _, loss, _ = evaluate(bench.resident, bench.evaluation_batches(bench.test))
+    assert done.measured.loss == pytest.approx(loss, abs=1e-5)
+    text = (tmp_path / "model/README.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0].replace('"model"', repr(str(tmp_path / "model")))
+    told: list[str] = []
+    exec(code, {"print": told.append})  # what the card tells a reader to write
+    assert set(told[0].split()) <= set(WORDS)  # the words of the prompt are unknown, and left out
+    assert f"perplexity {math.exp(loss):.2f}" in text
 
 
 @pytest.mark.parametrize(

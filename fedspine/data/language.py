@@ -91,8 +91,13 @@ def encode_language(
 
 def prompt_ids(tokenizer: Any, instructions: list[str]) -> list[list[int]]:
     """Of the instructions as the model is asked: by the tokenizer's chat template, or under plain headings."""
-    asked = [_as_chat(tokenizer, instruction, "")[0] for instruction in instructions]
+    asked = [prompt_text(tokenizer, instruction) for instruction in instructions]
     return _ids(tokenizer, asked, begun=not tokenizer.chat_template)
+
+
+def prompt_text(tokenizer: Any, instruction: str) -> str:
+    """The text of a prompt, with the special tokens of a chat template spelt out."""
+    return _as_chat(tokenizer, instruction, "")[0]
 
 
 def _as_chat(tokenizer: Any, instruction: str, response: str) -> tuple[str, str]:

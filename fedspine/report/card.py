@@ -18,6 +18,13 @@ from fedspine.structure import ModelShape, Structure
 
 _AUTO = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
 _PIPELINE = {"classification": "text-classification", "causal-lm": "text-generation"}
+_LANGUAGE_FIGURES = {
+    "device_perplexity_mean": "perplexity of the devices' own models, mean",
+    "perplexity_cut_untuned": "perplexity of the model cut like the global one and not tuned",
+    "answers_rouge_l": "ROUGE-L of the global model's answers",
+    "answers_exact_match": "share of its answers that are exactly right",
+}
+"""Of a run's summary."""
 _MANY = 12
 """Classes that are named one by one."""
 
@@ -57,6 +64,10 @@ class Exported:
     """Of the run; empty before it has finished."""
     round: int
     classes: tuple[str, ...]
+    prompt: str
+    """How a language model is asked: an example."""
+    chat: bool
+    """Whether special tokens are in the prompt already."""
     shape: ModelShape
     structure: Structure
     device: int | None
@@ -114,12 +125,16 @@ def _what(exported: Exported) -> str:
         if exported.device is None
         else f"the own model of device {exported.device}, cut to the structure that this device ended with"
     )
+    devices = f"{config.devices} {'simulated ' if _simulated(exported) else ''}devices"
     return (
         f"# {name}, tuned by {config.devices} devices\n\n"
-        f"This is `{name}` as {use}, {cut}, and tuned with LoRA by a federation of {config.devices} simulated devices "
-        "whose texts did not leave them. "
-        f"It is {whose}. Made with [FedSpine](https://arxiv.org/abs/2501.02438)."
+        f"This is `{name}` as {use}, {cut}, and tuned with LoRA by a federation of {devices}, each with texts of its "
+        f"own. It is {whose}. Made with [FedSpine](https://arxiv.org/abs/2501.02438)."
     )
+
+
+def _simulated(exported: Exported) -> bool:
+    return bool(exported.summary.get("engine") != "deployment")
 
 
 def _loading(exported: Exported) -> str:
@@ -143,8 +158,11 @@ def _loading(exported: Exported) -> str:
             "print(model.config.id2label[int(logits.argmax())])",
         ]
     else:
+        special = "add_special_tokens=False, " if exported.chat else ""
         lines += [
-            'tokens = model.generate(**tokenizer("A text", return_tensors="pt"), max_new_tokens=40)',
+            f"prompt = {json.dumps(exported.prompt, ensure_ascii=False)}",
+            f'inputs = tokenizer(prompt, return_token_type_ids=False, {special}return_tensors="pt")',
+            "tokens = model.generate(**inputs, max_new_tokens=40)",
             "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
         ]
     lines += ["```", "", _why(exported)]
@@ -164,7 +182,8 @@ def _why(exported: Exported) -> str:
         )
     if not exported.merged:
         text += (
-            " The adapters are apart from the weights, in `adapter/`, and the model without them is cut and not tuned."
+            " The adapters are apart from the weights, in `adapter/`; without them the model is cut and not tuned, and "
+            "`model.merge_and_unload()` folds them in, which makes it faster."
         )
     return text
 
@@ -210,6 +229,9 @@ def _quality(exported: Exported) -> str:
         }
         if summary.get("smoothed_accuracy") is not None:
             rows["global model during the run, with the averaged adapters"] = f"{summary['smoothed_accuracy']:.4f}"
+        for key, what in _LANGUAGE_FIGURES.items():
+            if key in summary:
+                rows[what] = f"{summary[key]:.4g}"
     return "## Accuracy\n\n" + _table(("", name), rows.items())
 
 
@@ -239,7 +261,10 @@ def _kept(exported: Exported) -> str:
     if len(set(counts)) == 1:
         heads, channels = counts[0]
         text = f"Every one of the {shape.layers} layers keeps {heads} of {shape.heads} {unit} and {channels} of "
-        return f"## What is left\n\n{text}{shape.channels} FFN channels; which ones differs from layer to layer."
+        text += f"{shape.channels} FFN channels"
+        if exported.structure.sparsity(shape) > 0:
+            text += "; which ones differs from layer to layer"
+        return f"## What is left\n\n{text}."
     rows = [(str(layer), str(heads), str(channels)) for layer, (heads, channels) in enumerate(counts)]
     head = ("layer", f"{unit}, of {shape.heads}", f"FFN channels, of {shape.channels}")
     return "## What is left\n\n" + _table(head, rows)
@@ -280,8 +305,9 @@ def _limits(exported: Exported) -> str:
     texts = [
         f"The figures above come from one run with one seed, and from the {exported.measured.examples} rows of one "
         "evaluation set: another seed, other devices or other texts give others.",
-        "The devices were simulated on one machine; what really ran was the training, not their hardware.",
     ]
+    if _simulated(exported):
+        texts.append("The devices were simulated: what really ran was the training, not their hardware.")
     if config.data == "embedded":
         texts.append("The texts were made by a small grammar: the model is a demonstration and knows no real requests.")
     if exported.round < config.rounds or not exported.summary:
