@@ -15,6 +15,7 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
+from yaml import YAMLError
 
 from fedspine.artifact import ADAPTER, load_model
 from fedspine.errors import ConfigError, ModelError
@@ -80,7 +81,10 @@ def base_of(name: str | Path) -> str | None:
     Empty where the card names none, as it was a folder; None for a model that was not exported.
     """
     card = Path(name) / "README.md"
-    about = (metadata_load(card) if card.is_file() else None) or {}
+    try:
+        about = (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, YAMLError):  # somebody else's card
+        return None
     if "fedspine" not in (about.get("tags") or ()):
         return None
     base = str(about.get("base_model") or "")

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0, 2 for a mistake that can be mended, 130 when interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        return int(options.execute(options))
     except FedSpineError as error:
         print(f"fedspine: error: {error}", file=sys.stderr)
         return 2

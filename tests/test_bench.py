@@ -166,8 +166,9 @@ def test_an_export_is_compared_with_its_base(models: dict[str, str], tmp_path: P
     assert alone.against is None
     assert "its card does not name the folder that it was cut from; name it with against" in alone.note
     assert "adapter are left out, as if they were folded in" in alone.note
-    card.write_text("---\nbase_model: ./gone\n---\n", encoding="utf-8")
-    assert base_of(export) is None
+    for foreign in ("---\nbase_model: ./gone\n---\n", "---\n- tags\n---\n", "---\ntags: [fedspine\n---\n", "text"):
+        card.write_text(foreign, encoding="utf-8")
+        assert base_of(export) is None
 
 
 @pytest.mark.usefixtures("no_process")

@@ -43,7 +43,7 @@ def add(commands: Subparsers) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)"
     )
     bench.add_argument("--json", action="store_true", help="print only the figures, as JSON, on stdout")
-    bench.set_defaults(run=run)
+    bench.set_defaults(execute=run)
 
 
 def run(options: argparse.Namespace) -> int:

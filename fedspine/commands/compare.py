@@ -42,7 +42,7 @@ def add(commands: Subparsers) -> None:
     compare.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (default: 1)")
     compare.add_argument("--out", default="comparison", metavar="DIR", help="directory (default: comparison)")
     compare.add_argument("--json", action="store_true", help="print comparison.json on stdout, and nothing else")
-    compare.set_defaults(run=run)
+    compare.set_defaults(execute=run)
 
 
 def run(options: argparse.Namespace) -> int:

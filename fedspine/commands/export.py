@@ -29,7 +29,7 @@ def add(commands: Subparsers) -> None:
     export.add_argument("--merge", action="store_true", help="fold the adapters into the weights, not in DIR/adapter")
     export.add_argument("--onnx", action="store_true", help="write model.onnx too (needs the extra onnx)")
     export.add_argument("--out", required=True, metavar="DIR", help="new folder of the model")
-    export.set_defaults(run=run)
+    export.set_defaults(execute=run)
 
 
 def run(options: argparse.Namespace) -> int:

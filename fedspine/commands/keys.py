@@ -11,7 +11,7 @@ from fedspine.config import Key, RunConfig
 
 def add(commands: Subparsers) -> None:
     keys = commands.add_parser("keys", help="list every configuration key", description="Every configuration key.")
-    keys.set_defaults(run=run)
+    keys.set_defaults(execute=run)
 
 
 def run(_: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ def add(commands: Subparsers) -> None:
     schedule.add_argument(
         "--surface", metavar="RUN_DIR", help="fit the surface to this finished run (default: built in)"
     )
-    schedule.set_defaults(run=run)
+    schedule.set_defaults(execute=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def add(commands: Subparsers) -> None:
         "path on each of its machines (default: a Ray of this run alone)",
     )
     simulate.add_argument("--profile", action="store_true", help="show at the end where the wall time went")
-    simulate.set_defaults(run=run)
+    simulate.set_defaults(execute=run)
 
 
 def run(options: argparse.Namespace) -> int:
