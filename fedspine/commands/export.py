@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         return 130
     measured = done.measured
     print(
-        f"{done.directory}: {measured.parameters / 1e6:.1f} M parameters of {measured.base_parameters / 1e6:.1f} M, "
+        f"{done.directory}: {measured.parameters:,} parameters of {measured.base_parameters:,}, "
         f"accuracy {measured.accuracy:.4f} on {measured.examples} evaluation rows, "
         f"{measured.speedup:.2f} times as fast as the uncut base; README.md there says how to load it",
         file=sys.stderr,
