@@ -140,6 +140,9 @@ def test_gradient_checkpointing_costs_one_more_forward() -> None:
     expected = 3 * (3 * 2 * layer + 4 * 2 * adapters)
     again = replace(WORKLOAD, gradient_checkpointing=True)
     assert again.round_flops(FULL, 4) == again.planned_flops(0.0, 4) == expected
+    plain, again = (replace(each, shape=replace(SHAPE, vocabulary=60)) for each in (WORKLOAD, again))
+    once_more = 3 * (2 * layer + 2 * adapters)  # of the layers, not of a language model's head
+    assert again.round_flops(FULL, 4) - plain.round_flops(FULL, 4) == once_more
 
 
 def test_gradient_checkpointing_needs_the_activations_of_the_largest_layer() -> None:

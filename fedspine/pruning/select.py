@@ -6,8 +6,10 @@ goes only when enough channels are left to make up for it: otherwise a model tha
 ratio.
 
 The budget `global` compares heads and channels of all layers by score per parameter (the salience density of APT, arXiv
-2401.12200), with the scores of every layer scaled to unit norm, as gradients differ in size between layers. The ratio
-is reached, and passed by less than one head or channel.
+2401.12200). Scores have a common scale only among the heads, or the channels, of one layer: gradients differ in size
+between layers, and the server's scores are averages of scaled ones. So the heads of a layer are taken to be worth
+together what they weigh, and so are its channels: the density of a unit is its score over the mean of its kind in its
+layer. The ratio is reached, and passed by less than one head or channel.
 """
 
 from __future__ import annotations
@@ -76,16 +78,15 @@ def _select_globally(structure: Structure, scores: Scores, ratio: float, shape: 
     left = round((1.0 - ratio) * shape.prunable_parameters)
     if structure.kept_parameters(shape) <= left:
         return structure
-    kept, floor = [], []
+    kept, floor, densities = [], [], []
     for layer, (head_scores, channel_scores) in enumerate(scores):
         heads, channels = structure.head_mask(layer), structure.channel_mask(layer)
         kept.append(np.concatenate([heads, channels]))
         best = _keep_best(heads, head_scores, 1), _keep_best(channels, channel_scores, _least_channels(shape))
         floor.append(np.concatenate(best))
-    values = np.stack([np.concatenate(parts) for parts in scores]).astype(np.float64)
-    norms = np.linalg.norm(values, axis=1, keepdims=True)
+        densities.append(np.concatenate([_over_mean(head_scores), _over_mean(channel_scores)]))
     sizes = np.repeat([shape.head_parameters, shape.channel_parameters], [shape.heads, shape.channels])
-    density = values / np.where(norms > 0, norms, 1.0) / sizes
+    density = np.stack(densities)
     density[np.stack(floor)] = np.inf
     density[~np.stack(kept)] = -np.inf
     order = np.argsort(-density, axis=None, kind="stable")[: np.sum(kept)]
@@ -97,6 +98,13 @@ def _select_globally(structure: Structure, scores: Scores, ratio: float, shape: 
     result = np.zeros(density.shape, dtype=np.bool_)
     result.flat[np.concatenate([order[:fits], others[:room]])] = True
     return Structure.from_masks([(row[: shape.heads], row[shape.heads :]) for row in result])
+
+
+def _over_mean(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Over all that the layer had before it was cut, so that a layer does not lose worth by being cut."""
+    exact = scores.astype(np.float64)
+    mean = float(exact.mean())
+    return exact / mean if mean > 0 else exact
 
 
 def _channels_beside(heads: int, ratio: float, shape: ModelShape) -> int:

@@ -59,12 +59,11 @@ def test_unreachable_target_is_an_error() -> None:
 
 
 def wide_scores(scale: float = 1.0, seed: int = 0) -> Scores:
-    """Those of the first layer `scale` times those of the second, and heads as many times a channel's as they weigh."""
+    """The heads of the first layer and the channels of the second count `scale` times as much."""
     rng = np.random.default_rng(seed)
-    weight = SHAPE.head_parameters / SHAPE.channel_parameters
     return tuple(
-        ((factor * weight * rng.random(4)).astype(np.float32), (factor * rng.random(32)).astype(np.float32))
-        for factor in (scale, 1.0)
+        ((heads * rng.random(4)).astype(np.float32), (channels * rng.random(32)).astype(np.float32))
+        for heads, channels in ((scale, 1.0), (1.0, scale))
     )
 
 
@@ -92,20 +91,16 @@ def test_global_cuts_are_monotone_and_end_at_the_floors() -> None:
 
 
 def test_global_keeps_the_best_per_parameter_wherever_it_is() -> None:
-    """Against a sort by hand; a common factor of a layer's scores, as gradients have, makes no difference."""
+    """Against a sort by hand; a common factor of a layer's heads or channels makes no difference."""
     scores = wide_scores()
     structure = select(Structure.full(SHAPE), scores, 0.5, SHAPE, "global")
-    assert select(Structure.full(SHAPE), wide_scores(1000.0), 0.5, SHAPE, "global") == structure
+    assert select(Structure.full(SHAPE), wide_scores(1024.0), 0.5, SHAPE, "global") == structure
     assert len(set(structure.counts())) == 2
     kept, cut = [], []
     for layer, (heads, channels) in enumerate(scores):
-        norm = float(np.linalg.norm(np.concatenate([heads, channels])))
-        for part, unit, size in (
-            (heads, "heads", SHAPE.head_parameters),
-            (channels, "channels", SHAPE.channel_parameters),
-        ):
+        for part, unit in ((heads, "heads"), (channels, "channels")):
             mask = structure.mask(layer, unit)
-            density = part / norm / size
+            density = part / part.mean()
             kept.append((unit, density[mask]))
             cut.append((unit, density[~mask]))
     worst_head = min(values.min() for unit, values in kept if unit == "heads")
