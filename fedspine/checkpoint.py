@@ -58,7 +58,9 @@ def load_state(directory: Path, config: RunConfig, shape: ModelShape) -> ServerS
     if about.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a FedSpine checkpoint of format {_FORMAT}")
     try:
-        saved = json.loads(RunConfig().to_json()) | json.loads(about["config"])  # keys that came later have their default
+        saved = json.loads(RunConfig().to_json()) | json.loads(
+            about["config"]
+        )  # keys that came later have their default
         _check_same(path, saved, json.loads(config.to_json()))
         return _state(about, tensors, shape)
     except (KeyError, ValueError, IndexError) as error:

@@ -96,9 +96,12 @@ class FisherScorer(_Smoothed):
             self._seen[projection.layer, projection.unit] = by_device.sum(1).cpu().numpy()
 
         def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-            if not inputs[0].requires_grad:
+            if not torch.is_grad_enabled():
                 return None
-            return _Watched.apply(inputs[0], take)  # type: ignore[no-any-return, no-untyped-call]
+            value = (
+                inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+            )  # nothing below trains
+            return _Watched.apply(value, take)  # type: ignore[no-any-return, no-untyped-call]
 
         return before
 

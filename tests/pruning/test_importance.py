@@ -11,7 +11,7 @@ from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import SCORERS, estimated_gradient
 from fedspine.pruning.scoreboard import blend, pruning_scores, update_own, update_shared
 from fedspine.structure import Structure
-from tests.tiny import random_arrays, tiny_resident, tokens, uneven_structure
+from tests.tiny import TARGETS, random_arrays, tiny_resident, tokens, uneven_structure
 
 LABELS = torch.tensor([0, 1, 2])
 
@@ -61,9 +61,10 @@ def test_magnitude_is_the_squared_norm_of_a_unit_in_every_projection(family: str
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_fisher_is_the_squared_mask_gradient_per_example(family: str) -> None:
-    """Against autograd through explicit mask variables, one example at a time."""
-    resident = tiny_resident(family)
+@pytest.mark.parametrize(("targets", "layer"), [(TARGETS, 1), (("up", "down"), 0)])
+def test_fisher_is_the_squared_mask_gradient_per_example(family: str, targets: tuple[str, ...], layer: int) -> None:
+    """Against autograd through explicit mask variables, one example at a time; also below all that trains."""
+    resident = tiny_resident(family, targets)
     resident.mount(Structure.full(resident.shape), random_arrays(resident))
     scorer = SCORERS["fisher"](resident, 0)
     backward(resident)
@@ -71,7 +72,7 @@ def test_fisher_is_the_squared_mask_gradient_per_example(family: str) -> None:
     scores = scorer.scores()
     scorer.close()
     shape, batch = resident.shape, tokens()
-    names = {module.role: module.name for module in resident.projections if module.layer == 1}
+    names = {module.role: module.name for module in resident.projections if module.layer == layer}
     for index, (role, count, size) in enumerate((("o", shape.heads, shape.head_dim), ("down", shape.channels, 1))):
         expected = np.zeros(count)
         for row in range(3):
@@ -84,7 +85,7 @@ def test_fisher_is_the_squared_mask_gradient_per_example(family: str) -> None:
             (gradient,) = torch.autograd.grad(loss, mask)
             expected += gradient.numpy() ** 2
             handle.remove()
-        np.testing.assert_allclose(scores[1][index], expected, rtol=1e-3, atol=1e-9)
+        np.testing.assert_allclose(scores[layer][index], expected, rtol=1e-3, atol=1e-9)
 
 
 def test_estimated_gradient_is_minus_the_change_of_the_product() -> None:
