@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
-from fedspine.lora.adapters import narrow, nbytes, widen
+from fedspine.lora.adapters import narrow, nbytes, start_adapters, widen
+from fedspine.lora.factors import completed, of_sides, trained_sides
 from fedspine.lora.resident import ResidentModel, update_norm
 from fedspine.model import load_base, load_tokenizer
 from fedspine.pruning.importance import SCORERS
@@ -74,6 +75,12 @@ class Workbench:
     @property
     def workload(self) -> Workload:
         return workload_of(self.config, self.shape)
+
+    @cached_property
+    def start(self) -> Arrays:
+        """Adapters that change nothing yet, in full coordinates, and the head as it was loaded: every machine's."""
+        rng = generator(self.config.seed, 0, 0, Purpose.ADAPTERS)
+        return start_adapters(self.shape, self.config.max_rank, rng) | self.resident.head_arrays()
 
     def evaluation_batches(self, rows: Encoded, most: int = EVALUATION_BATCH) -> Iterator[Batch]:
         """Every row once, at most `most` together."""
@@ -154,7 +161,8 @@ class Local:
             return TrainReply(request.device, failed, request.structure, {}, None)
         rank = request.action.lora_rank
         start = narrow(widen(request.arrays, request.structure, bench.shape), structure, rank, bench.shape)
-        upload = nbytes(arrays) + structure.nbytes + scores_nbytes(scores)
+        upload_arrays = of_sides(arrays, trained_sides(config.trained_factors, request.round))
+        upload = nbytes(upload_arrays) + structure.nbytes + scores_nbytes(scores)
         report = replace(
             self.report,
             compute_seconds=meter.compute_seconds(flops, config.local_iterations),
@@ -165,7 +173,7 @@ class Local:
             update_norm=update_norm(start, arrays, bench.shape, config.lora_scale),
             wall=wall,
         )
-        return TrainReply(request.device, report, structure, arrays, scores)
+        return TrainReply(request.device, report, structure, upload_arrays, scores)
 
 
 def train(request: TrainRequest, own: bool = False) -> TrainReply:
@@ -196,7 +204,8 @@ def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
         message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
         failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
         return TrainReply(request.device, failed, request.structure, {}, None)
-    return Local(request, bench.of_device(request.device), meter, report)
+    arrays = completed(request.arrays, bench.start, request.structure, bench.shape)
+    return Local(replace(request, arrays=arrays), bench.of_device(request.device), meter, report)
 
 
 def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
@@ -234,7 +243,8 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     """The local round of a device that has what it needs. `own`: see `train`."""
     config, resident, request = bench.config, bench.resident, local.request
     with watch.part("mount"):
-        resident.mount(request.structure, request.arrays, own=own)
+        trained = trained_sides(config.trained_factors, request.round)
+        resident.mount(request.structure, request.arrays, own=own, trained=trained)
     with watch.part("probe batch"):
         probe = probe_batch(local, bench)
         _, loss_before, _ = evaluate(resident, probe)

@@ -17,25 +17,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedspine.errors import ConfigError
+from fedspine.methods import METHODS
 
-METHODS: dict[str, dict[str, Any]] = {
-    "fedspine": {},
-    "fedspine-paper": {
-        "policy": "s-ucb",
-        "importance": "lora-gradient",
-        "masks": "own",
-        "reward": "paper",
-        "max_step_ratio": 0.15,
-    },
-    "fedavg": {
-        "policy": "fixed",
-        "aggregation": "coordinate",
-        "target_sparsity": 0.0,
-    },
-}
-"""Presets: what each method changes from the defaults below."""
-
-_METHOD_HELP = "preset of the keys below: fedspine (measured best), fedspine-paper (faithful), fedavg (no pruning)"
+_METHOD_HELP = "preset of the keys below: fedspine (measured best), fedspine-paper (faithful), or a baseline"
 
 
 @dataclass(frozen=True)
@@ -115,6 +99,11 @@ class RunConfig:
     lora_scale: float = _key(2.0, "alpha / rank, the same at every rank", min=1e-3, max=1e3)
     min_rank: int = _key(4, "smallest LoRA rank", min=1, max=1024)
     max_rank: int = _key(16, "largest LoRA rank, and the rank of the server's adapters", min=1, max=1024)
+
+    trained_factors: str = _key(
+        "both", "LoRA factors that are trained and uploaded: both, B alone with A as it started (FFA-LoRA), "
+        "or B in odd rounds and A in even ones (RoLoRA)", "both", "b", "alternate",
+    )  # fmt: skip
 
     # pruning
     target_sparsity: float = _key(
@@ -286,6 +275,11 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"fixed_rank = {config.fixed_rank}: must lie between min_rank = {config.min_rank} "
             f"and max_rank = {config.max_rank}"
+        )
+    if config.trained_factors != "both" and config.aggregation not in ("coordinate", "zero-pad"):
+        raise ConfigError(
+            f"aggregation = '{config.aggregation}': with trained_factors = '{config.trained_factors}' it must be "
+            "coordinate or zero-pad, which average each factor by itself"
         )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")

@@ -22,6 +22,7 @@ from fedspine.client_round import (
 from fedspine.config import RunConfig
 from fedspine.data.encode import Batch
 from fedspine.errors import ConfigError
+from fedspine.lora.factors import trained_sides
 from fedspine.lora.group import DeviceGroup
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import FisherScorer, mask_scores
@@ -61,7 +62,8 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
     requests = [member.request for member in members]
     with watch.part("mount"):
         structures = [request.structure for request in requests]
-        group = DeviceGroup(resident, structures, [request.arrays for request in requests])
+        trained = trained_sides(config.trained_factors, requests[0].round)
+        group = DeviceGroup(resident, structures, [request.arrays for request in requests], trained)
     scorer = FisherScorer(resident, len(members)) if config.target_sparsity > 0 else None
     try:
         with watch.part("probe batch"):

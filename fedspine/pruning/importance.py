@@ -164,9 +164,10 @@ class LoraGradientScorer(_Smoothed):
         with torch.no_grad():
             for module in shape.modules:
                 a, b, weight = self.resident.lora(module)
-                if a.grad is None or b.grad is None:
+                if a.grad is None and b.grad is None:
                     continue
-                importance = estimated_gradient(a, b, a.grad, b.grad)
+                grad_a, grad_b = (torch.zeros_like(each) if each.grad is None else each.grad for each in (a, b))
+                importance = estimated_gradient(a, b, grad_a, grad_b)
                 importance.mul_(torch.addmm(weight, b, a, alpha=self.resident.scale)).abs_()
                 vector = per_unit(importance, module)
                 part = values[module.layer][0 if module.unit == "heads" else 1]

@@ -1,0 +1,33 @@
+"""The methods that `method` names: FedSpine, and the baselines that it is compared with. Each is a preset of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_UNPRUNED: dict[str, Any] = {"policy": "fixed", "aggregation": "coordinate", "target_sparsity": 0.0}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fedspine": {},
+    "fedspine-paper": {
+        "policy": "s-ucb",
+        "importance": "lora-gradient",
+        "masks": "own",
+        "reward": "paper",
+        "max_step_ratio": 0.15,
+    },
+    "fedavg": _UNPRUNED,
+    "fedit": _UNPRUNED,
+    "ffa-lora": {**_UNPRUNED, "trained_factors": "b"},
+    "rolora": {**_UNPRUNED, "trained_factors": "alternate"},
+}
+"""What each method changes from the defaults of `RunConfig`."""
+
+SOURCES: dict[str, str] = {
+    "fedspine": "what measured best here",
+    "fedspine-paper": "faithful to FedSpine (arXiv 2501.02438)",
+    "fedavg": "unpruned LoRA, both factors averaged: the reference",
+    "fedit": "another name of fedavg: FedIT (arXiv 2305.05644)",
+    "ffa-lora": "A frozen at the shared start, B trained, half the traffic: FFA-LoRA (arXiv 2403.12313)",
+    "rolora": "B in odd rounds, A in even ones: RoLoRA (arXiv 2502.01755)",
+}
+"""What each method is, and where it comes from."""
