@@ -248,7 +248,7 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     with watch.part("probe batch"):
         probe = probe_batch(local, bench)
         _, loss_before, _ = evaluate(resident, probe)
-    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
+    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm, config.proximal)
     scorer = SCORERS[config.importance](resident, config.seed) if config.target_sparsity > 0 else None
     flops = 0.0
 

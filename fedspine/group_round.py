@@ -32,14 +32,21 @@ from fedspine.types import Scores, TrainReply, TrainRequest
 
 
 def groupable(config: RunConfig) -> bool:
-    """Whether devices can share a batch: of a classifier, and the importance has to be measured on it."""
-    return config.task == "classification" and (config.importance == "fisher" or config.target_sparsity == 0)
+    """Whether devices can share a batch: of a classifier, without penalties, and the importance measured on it."""
+    if config.task != "classification" or config.proximal:
+        return False
+    return config.importance == "fisher" or config.target_sparsity == 0
 
 
 def check_groupable(config: RunConfig) -> None:
-    """Errors: `ConfigError` for a task or an importance that a shared batch does not have."""
+    """Errors: `ConfigError` for a task, a penalty or an importance that a shared batch does not have."""
     if config.task != "classification":
         raise ConfigError(f"task = '{config.task}': engine = 'grouped' trains classifiers; use engine inline or ray")
+    if config.proximal:
+        raise ConfigError(
+            f"proximal = {config.proximal}: engine = 'grouped' has no proximal term; use engine inline or ray, or "
+            "proximal = 0"
+        )
     if not groupable(config):
         raise ConfigError(
             f"importance = '{config.importance}': engine = 'grouped' measures only 'fisher'; use engine inline or ray"

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from fedspine.data.encode import IGNORED, Batch
+from fedspine.lora.proximal import Proximal
 from fedspine.lora.resident import ResidentModel
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
@@ -62,16 +63,22 @@ def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, 
 
 
 class LocalOptimizer:
-    """AdamW on the mounted adapters and head, gradients clipped; its moments survive a cut, sliced like the weights."""
+    """AdamW on the mounted adapters and head, gradients clipped; its moments survive a cut, sliced like the weights.
 
-    def __init__(self, resident: ResidentModel, learning_rate: float, clip_norm: float) -> None:
+    `proximal`: the strength mu of FedProx's term; 0 is none.
+    """
+
+    def __init__(self, resident: ResidentModel, learning_rate: float, clip_norm: float, proximal: float = 0.0) -> None:
         self._resident = resident
+        self._penalties = [Proximal(resident, proximal)] if proximal else []
         self._learning_rate = learning_rate
         self._clip_norm = clip_norm
         self._optimizer = self._fresh()
 
     def step(self) -> None:
-        """Clip, update, and clear the gradients."""
+        """Add penalties, clip, update, and clear the gradients."""
+        for penalty in self._penalties:
+            penalty.add_gradients()
         torch.nn.utils.clip_grad_norm_(list(self._resident.parameters.values()), self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -90,6 +97,8 @@ class LocalOptimizer:
                 for key, value in state.items()
             }
         self._optimizer.state.clear()
+        for penalty in self._penalties:
+            penalty.cut(structure)
         resident.cut(structure)
         self._optimizer = self._fresh()
         for name, parameter in resident.parameters.items():
