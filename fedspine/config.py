@@ -81,6 +81,7 @@ class RunConfig:
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
     clip_norm: float = _key(1.0, "gradient norm bound of a device's step", min=1e-6, max=1e6)
+    proximal: float = _key(0.0, "pull of a device towards what it received, mu of FedProx; 0: none", min=0.0, max=1e3)
     probe_examples: int = _key(32, "rows of a device's fixed probe batch for loss before and after", min=1, max=4096)
     dtype: str = _key(
         "float32", "arithmetic of the frozen model here, not of the virtual devices: bfloat16 is two to three times "
@@ -122,8 +123,9 @@ class RunConfig:
 
     # aggregation and scheduling
     aggregation: str = _key(
-        "product", "how unequal adapters are joined: product space, per coordinate, or zero-padded",
-        "product", "coordinate", "zero-pad",
+        "product", "how unequal adapters are joined: product space, per coordinate, zero-padded, corrected means "
+        "(LoRA-FAIR), zero-padded by norm (HetLoRA), or recovered (FedMP)",
+        "product", "coordinate", "zero-pad", "fair", "het", "r2sp",
     )  # fmt: skip
     average_decay: float = _key(0.75, "weight of the past in the averaged adapters", min=0.0, max=0.999)
     policy: str = _key(

@@ -17,8 +17,11 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "fedavg": _UNPRUNED,
     "fedit": _UNPRUNED,
+    "fedprox": {**_UNPRUNED, "proximal": 0.01},
     "ffa-lora": {**_UNPRUNED, "trained_factors": "b"},
     "rolora": {**_UNPRUNED, "trained_factors": "alternate"},
+    "flexlora": {**_UNPRUNED, "aggregation": "product"},
+    "lora-fair": {**_UNPRUNED, "aggregation": "fair"},
 }
 """What each method changes from the defaults of `RunConfig`."""
 
@@ -27,7 +30,10 @@ SOURCES: dict[str, str] = {
     "fedspine-paper": "faithful to FedSpine (arXiv 2501.02438)",
     "fedavg": "unpruned LoRA, both factors averaged: the reference",
     "fedit": "another name of fedavg: FedIT (arXiv 2305.05644)",
+    "fedprox": "fedit with a pull towards what was received: FedProx (arXiv 1812.06127)",
     "ffa-lora": "A frozen at the shared start, B trained, half the traffic: FFA-LoRA (arXiv 2403.12313)",
+    "flexlora": "products averaged and cut back to the rank by SVD: FlexLoRA (arXiv 2402.11505)",
+    "lora-fair": "factors averaged, B corrected towards the average product: LoRA-FAIR (arXiv 2411.14961)",
     "rolora": "B in odd rounds, A in even ones: RoLoRA (arXiv 2502.01755)",
 }
 """What each method is, and where it comes from."""
