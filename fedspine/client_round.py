@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
+from fedspine.controller.schedule import warmup_rounds
 from fedspine.cost import Workload, workload_of
 from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
 from fedspine.data.language import encode_language
@@ -25,7 +26,7 @@ from fedspine.lora.adapters import narrow, nbytes, start_adapters, widen
 from fedspine.lora.factors import completed, of_sides, trained_sides
 from fedspine.lora.resident import ResidentModel, update_norm
 from fedspine.model import load_base, load_tokenizer
-from fedspine.pruning.importance import SCORERS
+from fedspine.pruning.importance import SCORERS, TaylorScorer
 from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
@@ -208,6 +209,11 @@ def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
     return Local(replace(request, arrays=arrays), bench.of_device(request.device), meter, report)
 
 
+def measures_importance(config: RunConfig, round: int) -> bool:
+    """Whether devices score heads and channels in a round: Taylor scores are too dear to go on after the warm-up."""
+    return config.target_sparsity > 0 and (config.importance != "taylor" or round <= warmup_rounds(config))
+
+
 def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
     """The mini-batches of the local round."""
     config, request = bench.config, local.request
@@ -216,16 +222,16 @@ def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
 
 
 def next_structure(
-    request: TrainRequest, bench: Workbench, iteration: int, now: Structure, own: Callable[[], Scores]
+    request: TrainRequest, bench: Workbench, iteration: int, now: Structure, own: Callable[[], Scores] | None
 ) -> Structure | None:
-    """What to cut to before a local iteration, or None; `own`: the device's scores so far."""
+    """What to cut to before a local iteration, or None; `own`: the device's scores so far, where it measures any."""
     config = bench.config
     if not iteration or iteration % config.prune_interval or request.scores is None or config.target_sparsity == 0:
         return None
     ratio = _cut_ratio(request, config, iteration // config.prune_interval, bench.shape)
     if ratio is None:
         return None
-    scores = request.scores if config.masks == "shared" else blend(own(), request.scores, 5)
+    scores = request.scores if own is None or config.masks == "shared" else blend(own(), request.scores, 5)
     return select(now, scores, ratio, bench.shape, config.layer_budget)
 
 
@@ -249,16 +255,18 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
         probe = probe_batch(local, bench)
         _, loss_before, _ = evaluate(resident, probe)
     optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm, config.proximal)
-    scorer = SCORERS[config.importance](resident, config.seed) if config.target_sparsity > 0 else None
+    scorer = SCORERS[config.importance](resident, config.seed) if measures_importance(config, request.round) else None
     flops = 0.0
 
     def before_step(iteration: int) -> None:
         nonlocal flops
-        if scorer is not None:
-            structure = next_structure(request, bench, iteration, resident.structure, scorer.scores)
-            if structure is not None:
-                optimizer.cut(structure)
-        flops += bench.workload.iteration_flops(resident.structure.counts(), request.action.lora_rank)
+        structure = next_structure(request, bench, iteration, resident.structure, scorer.scores if scorer else None)
+        if structure is not None:
+            optimizer.cut(structure)
+        counts = resident.structure.counts()
+        flops += bench.workload.iteration_flops(counts, request.action.lora_rank)
+        if isinstance(scorer, TaylorScorer):
+            flops += bench.workload.weight_gradient_flops(counts)
 
     try:
         observe = scorer.observe if scorer else _nothing

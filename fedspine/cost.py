@@ -64,6 +64,12 @@ class Workload:
         head = 2 * tokens * shape.hidden * shape.vocabulary
         return (2 + again) * base + 2 * head + (2 + self.upload_share + again) * adapters
 
+    def weight_gradient_flops(self, counts: tuple[tuple[float, float], ...]) -> float:
+        """FLOPs that the gradients of the frozen weights add to an iteration: only Taylor scores need them."""
+        shape = self.shape
+        weights = sum(heads * shape.head_weights + channels * shape.channel_weights for heads, channels in counts)
+        return 2 * self.batch_size * self.length * weights
+
     def round_flops(self, structure: Structure, rank: int) -> float:
         """Training FLOPs of a local round on a cut model."""
         return self.local_iterations * self.iteration_flops(structure.counts(), rank)

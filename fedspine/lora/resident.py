@@ -170,6 +170,10 @@ class ResidentModel:
         layer = self._layer(module.name)
         return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer().weight.float()
 
+    def weight(self, projection: ModuleShape) -> torch.Tensor:
+        """The frozen weight [d_out, d_in] of a mounted projection, with or without adapters, in float32."""
+        return self._linear(projection.name).weight.detach().float()
+
     def _cut_base(self, module: ModuleShape, structure: Structure) -> None:
         weight, bias = self._base[module.name]
         held, wanted = (module.features(each.mask(module.layer, module.unit)) for each in (self.held, structure))
