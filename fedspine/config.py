@@ -110,7 +110,9 @@ class RunConfig:
     target_sparsity: float = _key(
         0.5, "share of prunable parameters (heads and FFN channels) cut on every device at the end", min=0.0, max=0.95
     )
-    importance: str = _key("fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random")
+    importance: str = _key(
+        "fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random", "taylor"
+    )
     masks: str = _key("shared", "whose score cuts a device: the server's, its own, or both", "shared", "own", "mixed")
     layer_budget: str = _key(
         "uniform", "heads and channels that a layer keeps: as many as any other, which stock transformers can load, or "
@@ -130,10 +132,16 @@ class RunConfig:
     average_decay: float = _key(0.75, "weight of the past in the averaged adapters", min=0.0, max=0.999)
     policy: str = _key(
         "fedspine", "who chooses (pruning ratio, rank)",
-        "fedspine", "s-ucb", "fixed", "random", "time-model", "clairvoyant",
+        "fedspine", "s-ucb", "fixed", "random", "time-model", "clairvoyant", "e-ucb", "tertile",
     )  # fmt: skip
     fixed_rank: int = _key(8, "rank of policy=fixed and of a safe first choice", min=1, max=1024)
-    reward: str = _key("lateness", "reward of a choice: one-sided lateness, or the paper's form", "lateness", "paper")
+    reward: str = _key(
+        "lateness",
+        "reward of a choice: one-sided lateness, the paper's form, or FedMP's, of the loss alone",
+        "lateness",
+        "paper",
+        "fedmp",
+    )
     probe: str = _key(
         "first",
         "time an iteration and a small transfer before a configuration is fixed: in a device's first round, or in all",
@@ -162,8 +170,8 @@ class RunConfig:
 
     @property
     def uses_probe(self) -> bool:
-        """Only policies that predict times gain from a probe; the others are not charged for one."""
-        return self.probe != "never" and self.policy in ("fedspine", "time-model")
+        """Only policies that ask for times gain from a probe; the others are not charged for one."""
+        return self.probe != "never" and self.policy in ("fedspine", "time-model", "tertile")
 
     @property
     def cuts_per_round(self) -> int:
@@ -282,6 +290,11 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"aggregation = '{config.aggregation}': with trained_factors = '{config.trained_factors}' it must be "
             "coordinate or zero-pad, which average each factor by itself"
+        )
+    if config.importance == "taylor" and config.masks != "shared":
+        raise ConfigError(
+            f"masks = '{config.masks}': with importance = 'taylor' it must be shared, because devices measure it "
+            "in the warm-up only"
         )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")

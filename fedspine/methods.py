@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _UNPRUNED: dict[str, Any] = {"policy": "fixed", "aggregation": "coordinate", "target_sparsity": 0.0}
+_PRUNED: dict[str, Any] = {"policy": "fixed", "aggregation": "coordinate"}
+"""The same ratio and rank for all devices, one shared mask."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "fedspine": {},
@@ -22,6 +24,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "rolora": {**_UNPRUNED, "trained_factors": "alternate"},
     "flexlora": {**_UNPRUNED, "aggregation": "product"},
     "lora-fair": {**_UNPRUNED, "aggregation": "fair"},
+    "hetlora": {**_UNPRUNED, "aggregation": "het", "policy": "tertile"},
+    "loraprune": {**_PRUNED, "importance": "lora-gradient"},
+    "llm-pruner": {**_PRUNED, "importance": "taylor", "schedule": "one-shot"},
+    "magnitude": {**_PRUNED, "importance": "magnitude"},
+    "random-pruning": {**_PRUNED, "importance": "random"},
+    "fedmp": {
+        "policy": "e-ucb",
+        "importance": "magnitude",
+        "masks": "own",
+        "aggregation": "r2sp",
+        "reward": "fedmp",
+    },
 }
 """What each method changes from the defaults of `RunConfig`."""
 
@@ -34,6 +48,12 @@ SOURCES: dict[str, str] = {
     "ffa-lora": "A frozen at the shared start, B trained, half the traffic: FFA-LoRA (arXiv 2403.12313)",
     "flexlora": "products averaged and cut back to the rank by SVD: FlexLoRA (arXiv 2402.11505)",
     "lora-fair": "factors averaged, B corrected towards the average product: LoRA-FAIR (arXiv 2411.14961)",
+    "hetlora": "ranks by speed, zero-padded, weighted by norm: HetLoRA (arXiv 2401.06432)",
+    "loraprune": "LoRA-gradient scores, the same ratio for all on a cubic ramp: LoRAPrune (arXiv 2305.18403)",
+    "llm-pruner": "cut at once after the warm-up by Taylor scores, then tuned: LLM-Pruner (arXiv 2305.11627)",
+    "magnitude": "the same ratio for all, smallest weights first: the classic control",
+    "random-pruning": "the same ratio for all, drawn at random: the control of every score",
+    "fedmp": "ratio by E-UCB, own masks by magnitude, R2SP: FedMP (doi 10.1109/ICDE53745.2022.00062)",
     "rolora": "B in odd rounds, A in even ones: RoLoRA (arXiv 2502.01755)",
 }
 """What each method is, and where it comes from."""

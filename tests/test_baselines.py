@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from fedspine.config import RunConfig
 from fedspine.errors import ConfigError
 from fedspine.lora.adapters import narrow, nbytes
 from fedspine.lora.factors import completed, of_sides, restored, trained_sides
+from fedspine.methods import METHODS, SOURCES
+from fedspine.report.observer import Silent
 from fedspine.simulation import simulate
 from fedspine.structure import Structure
-from fedspine.types import Action, Arrays, TrainReply, TrainRequest
+from fedspine.types import TRAINED, Action, Arrays, RoundRecord, TrainReply, TrainRequest
 from tests.small_run import KEYS, rounds, write_data, write_model
 from tests.tiny import even_structure
 
@@ -116,3 +119,35 @@ def test_averaging_one_factor_averages_the_products(keys: dict[str, Any], choice
 def test_a_rule_that_mixes_the_factors_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"aggregation = 'product': with trained_factors = 'b' it must be coordinate"):
         RunConfig(trained_factors="b")
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "fedit"])
+def test_every_preset_trains_resumes_and_repeats(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Killed after the first of two rounds and continued, against a run that nobody disturbed: the same bits."""
+    given = {**keys, "method": method, "local_iterations": 2, "prune_interval": 1, "eval_devices": 2}
+    monkeypatch.setattr("fedspine.simulation.draw_curves", lambda *_: None)
+
+    class Photographer(Silent):
+        def round_done(self, record: RoundRecord) -> None:
+            if record.round == 1:
+                shutil.copytree(tmp_path / "whole", tmp_path / "again")
+
+    result = simulate(out=tmp_path / "whole", observer=Photographer(), **given)
+    simulate(resume=tmp_path / "again")
+    assert rounds(tmp_path / "whole") == rounds(tmp_path / "again")
+    whole, again = (load_file(tmp_path / name / FILE) for name in ("whole", "again"))
+    assert whole.keys() == again.keys()
+    assert all((whole[name] == again[name]).all() for name in whole)
+    start = workbench(RunConfig.from_values(given).to_json()).start
+    assert any((array != start[name]).any() for name, array in start_of(tmp_path / "whole").items())
+    assert all(pull.report.outcome == TRAINED for record in result.records for pull in record.pulls)
+    target = RunConfig.from_values(given).target_sparsity
+    assert result.summary["device_accuracy_mean"] > 0
+    assert all(pull.ratio_after >= target - 0.02 for pull in result.records[-1].pulls)
+
+
+def test_every_preset_has_a_source() -> None:
+    assert METHODS.keys() == SOURCES.keys()
+    assert METHODS["fedit"] == METHODS["fedavg"]

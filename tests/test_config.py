@@ -255,7 +255,8 @@ def test_number_beyond_floats_is_refused() -> None:
     [
         (
             {"importance": "fischer"},
-            "importance = 'fischer': must be one of fisher, lora-gradient, magnitude, random (did you mean 'fisher'?)",
+            "importance = 'fischer': must be one of fisher, lora-gradient, magnitude, random, taylor "
+            "(did you mean 'fisher'?)",
         ),
         ({"masks": "xyz"}, "masks = 'xyz': must be one of shared, own, mixed"),
         ({"schedule": "oneshot"}, "schedule = 'oneshot': must be one of cubic, one-shot (did you mean 'one-shot'?)"),
