@@ -46,6 +46,7 @@ SOURCES: dict[str, str] = {
     "fedit": "another name of fedavg: FedIT (arXiv 2305.05644)",
     "fedprox": "fedit with a pull towards what was received: FedProx (arXiv 1812.06127)",
     "ffa-lora": "A frozen at the shared start, B trained, half the traffic: FFA-LoRA (arXiv 2403.12313)",
+    "rolora": "B in odd rounds, A in even ones: RoLoRA (arXiv 2502.01755)",
     "flexlora": "products averaged and cut back to the rank by SVD: FlexLoRA (arXiv 2402.11505)",
     "lora-fair": "factors averaged, B corrected towards the average product: LoRA-FAIR (arXiv 2411.14961)",
     "hetlora": "ranks by speed, zero-padded, weighted by norm: HetLoRA (arXiv 2401.06432)",
@@ -54,6 +55,5 @@ SOURCES: dict[str, str] = {
     "magnitude": "the same ratio for all, smallest weights first: the classic control",
     "random-pruning": "the same ratio for all, drawn at random: the control of every score",
     "fedmp": "ratio by E-UCB, own masks by magnitude, R2SP: FedMP (doi 10.1109/ICDE53745.2022.00062)",
-    "rolora": "B in odd rounds, A in even ones: RoLoRA (arXiv 2502.01755)",
 }
 """What each method is, and where it comes from."""
