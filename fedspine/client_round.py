@@ -22,8 +22,10 @@ from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
-from fedspine.lora.adapters import narrow, nbytes, start_adapters, widen
+from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
 from fedspine.lora.factors import completed, of_sides, trained_sides
+from fedspine.lora.proximal import Proximal
+from fedspine.lora.rank_tail import RankTail, kept_rank
 from fedspine.lora.resident import ResidentModel, update_norm
 from fedspine.model import load_base, load_tokenizer
 from fedspine.pruning.importance import SCORERS, TaylorScorer
@@ -172,6 +174,7 @@ class Local:
             loss_before=losses[0],
             loss_after=losses[1],
             update_norm=update_norm(start, arrays, bench.shape, config.lora_scale),
+            rank_after=rank_of(arrays, bench.shape),
             wall=wall,
         )
         return TrainReply(request.device, report, structure, upload_arrays, scores)
@@ -254,7 +257,11 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     with watch.part("probe batch"):
         probe = probe_batch(local, bench)
         _, loss_before, _ = evaluate(resident, probe)
-    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm, config.proximal)
+    left = kept_rank(request.action.lora_rank, config.rank_decay, config.min_rank)
+    tail = RankTail(resident, left) if config.rank_decay < 1.0 else None
+    near = Proximal(resident, config.proximal) if config.proximal else None
+    penalties = [each for each in (near, tail) if each]
+    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm, penalties)
     scorer = SCORERS[config.importance](resident, config.seed) if measures_importance(config, request.round) else None
     flops = 0.0
 
@@ -278,6 +285,8 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     with watch.part("probe batch"):
         _, loss_after, _ = evaluate(resident, probe)
     arrays, structure = resident.arrays(), resident.structure
+    if tail:
+        arrays = tail.dropped(arrays)
     return local.finished(bench, structure, arrays, scores, (loss_before, loss_after), flops, watch.seconds())
 
 

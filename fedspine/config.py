@@ -106,6 +106,11 @@ class RunConfig:
         "or B in odd rounds and A in even ones (RoLoRA)", "both", "b", "alternate",
     )  # fmt: skip
 
+    rank_decay: float = _key(
+        1.0, "share of its rank that a device keeps when what lies beyond became smaller (HetLoRA); 1: it keeps all",
+        min=0.5, max=1.0,
+    )  # fmt: skip
+
     # pruning
     target_sparsity: float = _key(
         0.5, "share of prunable parameters (heads and FFN channels) cut on every device at the end", min=0.0, max=0.95

@@ -33,7 +33,7 @@ from fedspine.types import Scores, TrainReply, TrainRequest
 
 def groupable(config: RunConfig) -> bool:
     """Whether devices can share a batch: of a classifier, without penalties, and the importance measured on it."""
-    if config.task != "classification" or config.proximal:
+    if config.task != "classification" or config.proximal or config.rank_decay < 1.0:
         return False
     return config.importance == "fisher" or config.target_sparsity == 0
 
@@ -42,11 +42,12 @@ def check_groupable(config: RunConfig) -> None:
     """Errors: `ConfigError` for a task, a penalty or an importance that a shared batch does not have."""
     if config.task != "classification":
         raise ConfigError(f"task = '{config.task}': engine = 'grouped' trains classifiers; use engine inline or ray")
-    if config.proximal:
-        raise ConfigError(
-            f"proximal = {config.proximal}: engine = 'grouped' has no proximal term; use engine inline or ray, or "
-            "proximal = 0"
-        )
+    for key, none in (("proximal", 0), ("rank_decay", 1)):
+        if getattr(config, key) != none:
+            raise ConfigError(
+                f"{key} = {getattr(config, key)}: engine = 'grouped' has no terms beside the loss; use engine inline "
+                f"or ray, or {key} = {none}"
+            )
     if not groupable(config):
         raise ConfigError(
             f"importance = '{config.importance}': engine = 'grouped' measures only 'fisher'; use engine inline or ray"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from fedspine.data.encode import IGNORED, Batch
-from fedspine.lora.proximal import Proximal
 from fedspine.lora.resident import ResidentModel
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
@@ -62,15 +62,27 @@ def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, 
     return correct / count, loss / count, float(predicted.max()) / count
 
 
+class Penalty(Protocol):
+    """A term beside the loss."""
+
+    def add_gradients(self) -> None:
+        """To those of the loss, before they are clipped."""
+
+    def cut(self, structure: Structure) -> None:
+        """The mounted model is about to be cut."""
+
+
 class LocalOptimizer:
     """AdamW on the mounted adapters and head, gradients clipped; its moments survive a cut, sliced like the weights.
 
-    `proximal`: the strength mu of FedProx's term; 0 is none.
+    `penalties`: terms beside the loss.
     """
 
-    def __init__(self, resident: ResidentModel, learning_rate: float, clip_norm: float, proximal: float = 0.0) -> None:
+    def __init__(
+        self, resident: ResidentModel, learning_rate: float, clip_norm: float, penalties: Sequence[Penalty] = ()
+    ) -> None:
         self._resident = resident
-        self._penalties = [Proximal(resident, proximal)] if proximal else []
+        self._penalties = penalties
         self._learning_rate = learning_rate
         self._clip_norm = clip_norm
         self._optimizer = self._fresh()

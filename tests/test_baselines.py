@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,14 @@ def test_every_preset_trains_resumes_and_repeats(
 def test_every_preset_has_a_source() -> None:
     assert METHODS.keys() == SOURCES.keys()
     assert METHODS["fedit"] == METHODS["fedavg"]
+
+
+def test_a_device_goes_on_at_the_rank_that_it_kept(keys: dict[str, Any], tmp_path: Path) -> None:
+    """HetLoRA: what was uploaded in the round before is the rank of the next."""
+    given = {**keys, "method": "hetlora", "rank_decay": 0.5, "rounds": 6, "devices": 4, "learning_rate": 0.05}
+    records = simulate(out=tmp_path / "run", **given).records
+    for before, after in pairwise(records):
+        assert [p.action.lora_rank for p in after.pulls] == [p.report.rank_after for p in before.pulls]
+    pulls = [pull for record in records for pull in record.pulls]
+    assert {pull.action.lora_rank for pull in records[0].pulls} == {4, 8, 16}
+    assert any(pull.report.rank_after == pull.action.lora_rank / 2 for pull in pulls)

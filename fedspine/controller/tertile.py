@@ -12,7 +12,8 @@ from fedspine.types import Action, Candidate, Pull
 class TertilePolicy:
     """The smallest, the middle or the largest rank, by the tertile of a device's first probe among all probed so far.
 
-    A device keeps its rank, and one that was never probed has the middle one. No more pruning than demanded.
+    A device keeps its rank, less what it drops by itself (`rank_decay`), and one that was never probed has the middle
+    one. No more pruning than demanded.
     """
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
@@ -24,7 +25,7 @@ class TertilePolicy:
         kept: dict[int, int] = {}
         probed: dict[int, float] = {}
         for pull in pulls:
-            kept.setdefault(pull.device, pull.action.lora_rank)
+            kept[pull.device] = pull.report.rank_after or pull.action.lora_rank
             if pull.probe:
                 probed.setdefault(pull.device, pull.probe.seconds_per_flop)
         for candidate in candidates:

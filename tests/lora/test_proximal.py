@@ -49,7 +49,7 @@ def test_none_is_the_same_bits_and_some_stays_closer() -> None:
         resident = tiny_resident()
         arrays = random_arrays(resident)
         resident.mount(Structure.full(resident.shape), arrays)
-        optimizer = LocalOptimizer(resident, 1e-2, 1e3, *([] if mu is None else [mu]))
+        optimizer = LocalOptimizer(resident, 1e-2, 1e3, [Proximal(resident, mu)] if mu is not None else [])
         for _ in range(4):
             backward(resident)
             optimizer.step()
@@ -67,9 +67,10 @@ def test_none_is_the_same_bits_and_some_stays_closer() -> None:
 
 
 def test_a_shared_batch_has_no_proximal_term() -> None:
-    config = RunConfig(proximal=0.1)
-    assert not groupable(config)
-    with pytest.raises(
-        ConfigError, match=r"proximal = 0.1: engine = 'grouped' has no proximal term; use engine inline"
-    ):
-        check_groupable(config)
+    for key, value in (("proximal", 0.1), ("rank_decay", 0.9)):
+        config = RunConfig(**{key: value})
+        assert not groupable(config)
+        with pytest.raises(
+            ConfigError, match=rf"{key} = {value}: engine = 'grouped' has no terms beside the loss; use"
+        ):
+            check_groupable(config)
