@@ -296,11 +296,6 @@ def _check_together(config: RunConfig) -> None:
             f"aggregation = '{config.aggregation}': with trained_factors = '{config.trained_factors}' it must be "
             "coordinate or zero-pad, which average each factor by itself"
         )
-    if config.importance == "taylor" and config.masks != "shared":
-        raise ConfigError(
-            f"masks = '{config.masks}': with importance = 'taylor' it must be shared, because devices measure it "
-            "in the warm-up only"
-        )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
 

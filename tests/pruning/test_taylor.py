@@ -8,7 +8,6 @@ import torch
 
 from fedspine.client_round import measures_importance
 from fedspine.config import RunConfig
-from fedspine.errors import ConfigError
 from fedspine.lora.adapters import narrow
 from fedspine.pruning.importance import TaylorScorer
 from fedspine.structure import Structure
@@ -66,5 +65,3 @@ def test_measured_in_the_warm_up_only() -> None:
     config = RunConfig(importance="taylor", rounds=30)
     assert [measures_importance(config, round) for round in (1, 3, 4, 30)] == [True, True, False, False]
     assert measures_importance(RunConfig(), 16)
-    with pytest.raises(ConfigError, match=r"masks = 'own': with importance = 'taylor' it must be shared"):
-        RunConfig(importance="taylor", masks="own")
