@@ -16,6 +16,7 @@ from fedspine.checkpoint import FILE
 from fedspine.client_round import begin, train, workbench
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError
+from fedspine.group_round import train_group
 from fedspine.lora.adapters import narrow, nbytes
 from fedspine.lora.factors import completed, of_sides, restored, trained_sides
 from fedspine.methods import METHODS, SOURCES
@@ -163,3 +164,20 @@ def test_a_device_goes_on_at_the_rank_that_it_kept(keys: dict[str, Any], tmp_pat
     pulls = [pull for record in records for pull in record.pulls]
     assert {pull.action.lora_rank for pull in records[0].pulls} == {4, 8, 16}
     assert any(pull.report.rank_after == pull.action.lora_rank / 2 for pull in pulls)
+
+
+@pytest.mark.parametrize("method", ["ffa-lora", "rolora"])
+def test_a_shared_batch_trains_the_same_factor(keys: dict[str, Any], method: str) -> None:
+    config = RunConfig.from_values({**keys, "method": method})
+    bench = workbench(config.to_json())
+    arrays = narrow(bench.start, Structure.full(bench.shape), 8, bench.shape)
+    sent = of_sides(arrays, "B" if method == "ffa-lora" else "AB")
+    requests = [
+        TrainRequest(1, device, Action(0.0, 8), Structure.full(bench.shape), sent, None, config.to_json())
+        for device in (0, 1)
+    ]
+    for ours, theirs in zip(train_group(requests), map(train, requests), strict=True):
+        assert ours.arrays.keys() == theirs.arrays.keys()
+        assert ours.report.upload_bytes == theirs.report.upload_bytes
+        for name, array in theirs.arrays.items():
+            np.testing.assert_allclose(ours.arrays[name], array, atol=1e-4)
