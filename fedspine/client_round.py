@@ -8,23 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
+from fedspine.controller.schedule import warmup_rounds
 from fedspine.cost import Workload, workload_of
 from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
 from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
-from fedspine.lora.adapters import narrow, nbytes, widen
+from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
+from fedspine.lora.factors import completed, of_sides, trained_sides
+from fedspine.lora.proximal import Proximal
+from fedspine.lora.rank_tail import RankTail, kept_rank
 from fedspine.lora.resident import ResidentModel, update_norm
 from fedspine.model import load_base, load_tokenizer
-from fedspine.pruning.importance import SCORERS
+from fedspine.pruning.importance import SCORERS, TaylorScorer
 from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
@@ -74,6 +78,12 @@ class Workbench:
     @property
     def workload(self) -> Workload:
         return workload_of(self.config, self.shape)
+
+    @cached_property
+    def start(self) -> Arrays:
+        """Adapters that change nothing yet, in full coordinates, and the head as it was loaded: every machine's."""
+        rng = generator(self.config.seed, 0, 0, Purpose.ADAPTERS)
+        return start_adapters(self.shape, self.config.max_rank, rng) | self.resident.head_arrays()
 
     def evaluation_batches(self, rows: Encoded, most: int = EVALUATION_BATCH) -> Iterator[Batch]:
         """Every row once, at most `most` together."""
@@ -154,7 +164,8 @@ class Local:
             return TrainReply(request.device, failed, request.structure, {}, None)
         rank = request.action.lora_rank
         start = narrow(widen(request.arrays, request.structure, bench.shape), structure, rank, bench.shape)
-        upload = nbytes(arrays) + structure.nbytes + scores_nbytes(scores)
+        upload_arrays = of_sides(arrays, trained_sides(config.trained_factors, request.round))
+        upload = nbytes(upload_arrays) + structure.nbytes + scores_nbytes(scores)
         report = replace(
             self.report,
             compute_seconds=meter.compute_seconds(flops, config.local_iterations),
@@ -163,9 +174,10 @@ class Local:
             loss_before=losses[0],
             loss_after=losses[1],
             update_norm=update_norm(start, arrays, bench.shape, config.lora_scale),
+            rank_after=rank_of(arrays, bench.shape),
             wall=wall,
         )
-        return TrainReply(request.device, report, structure, arrays, scores)
+        return TrainReply(request.device, report, structure, upload_arrays, scores)
 
 
 def train(request: TrainRequest, own: bool = False) -> TrainReply:
@@ -196,7 +208,13 @@ def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
         message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
         failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
         return TrainReply(request.device, failed, request.structure, {}, None)
-    return Local(request, bench.of_device(request.device), meter, report)
+    arrays = completed(request.arrays, bench.start, request.structure, bench.shape)
+    return Local(replace(request, arrays=arrays), bench.of_device(request.device), meter, report)
+
+
+def measures_importance(config: RunConfig, round: int) -> bool:
+    """Whether devices score heads and channels in a round: Taylor scores are too dear to go on after the warm-up."""
+    return config.target_sparsity > 0 and (config.importance != "taylor" or round <= warmup_rounds(config))
 
 
 def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
@@ -207,16 +225,16 @@ def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
 
 
 def next_structure(
-    request: TrainRequest, bench: Workbench, iteration: int, now: Structure, own: Callable[[], Scores]
+    request: TrainRequest, bench: Workbench, iteration: int, now: Structure, own: Callable[[], Scores] | None
 ) -> Structure | None:
-    """What to cut to before a local iteration, or None; `own`: the device's scores so far."""
+    """What to cut to before a local iteration, or None; `own`: the device's scores so far, where it measures any."""
     config = bench.config
     if not iteration or iteration % config.prune_interval or request.scores is None or config.target_sparsity == 0:
         return None
     ratio = _cut_ratio(request, config, iteration // config.prune_interval, bench.shape)
     if ratio is None:
         return None
-    scores = request.scores if config.masks == "shared" else blend(own(), request.scores, 5)
+    scores = request.scores if own is None or config.masks == "shared" else blend(own(), request.scores, 5)
     return select(now, scores, ratio, bench.shape, config.layer_budget)
 
 
@@ -234,21 +252,28 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     """The local round of a device that has what it needs. `own`: see `train`."""
     config, resident, request = bench.config, bench.resident, local.request
     with watch.part("mount"):
-        resident.mount(request.structure, request.arrays, own=own)
+        trained = trained_sides(config.trained_factors, request.round)
+        resident.mount(request.structure, request.arrays, own=own, trained=trained)
     with watch.part("probe batch"):
         probe = probe_batch(local, bench)
         _, loss_before, _ = evaluate(resident, probe)
-    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
-    scorer = SCORERS[config.importance](resident, config.seed) if config.target_sparsity > 0 else None
+    left = kept_rank(request.action.lora_rank, config.rank_decay, config.min_rank)
+    tail = RankTail(resident, left) if config.rank_decay < 1.0 else None
+    near = Proximal(resident, config.proximal) if config.proximal else None
+    penalties = [each for each in (near, tail) if each]
+    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm, penalties)
+    scorer = SCORERS[config.importance](resident, config.seed) if measures_importance(config, request.round) else None
     flops = 0.0
 
     def before_step(iteration: int) -> None:
         nonlocal flops
-        if scorer is not None:
-            structure = next_structure(request, bench, iteration, resident.structure, scorer.scores)
-            if structure is not None:
-                optimizer.cut(structure)
-        flops += bench.workload.iteration_flops(resident.structure.counts(), request.action.lora_rank)
+        structure = next_structure(request, bench, iteration, resident.structure, scorer.scores if scorer else None)
+        if structure is not None:
+            optimizer.cut(structure)
+        counts = resident.structure.counts()
+        flops += bench.workload.iteration_flops(counts, request.action.lora_rank)
+        if isinstance(scorer, TaylorScorer):
+            flops += bench.workload.weight_gradient_flops(counts)
 
     try:
         observe = scorer.observe if scorer else _nothing
@@ -260,6 +285,8 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     with watch.part("probe batch"):
         _, loss_after, _ = evaluate(resident, probe)
     arrays, structure = resident.arrays(), resident.structure
+    if tail:
+        arrays = tail.dropped(arrays)
     return local.finished(bench, structure, arrays, scores, (loss_before, loss_after), flops, watch.seconds())
 
 

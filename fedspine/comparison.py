@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from fedspine import __version__
-from fedspine.config import METHODS, RunConfig, load_config
+from fedspine.config import RunConfig, load_config
 from fedspine.errors import CheckpointError, ConfigError, FederationError
+from fedspine.methods import METHODS
 from fedspine.report.records import write_atomically
 
 FILE = "comparison.json"

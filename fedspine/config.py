@@ -17,25 +17,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedspine.errors import ConfigError
+from fedspine.methods import METHODS
 
-METHODS: dict[str, dict[str, Any]] = {
-    "fedspine": {},
-    "fedspine-paper": {
-        "policy": "s-ucb",
-        "importance": "lora-gradient",
-        "masks": "own",
-        "reward": "paper",
-        "max_step_ratio": 0.15,
-    },
-    "fedavg": {
-        "policy": "fixed",
-        "aggregation": "coordinate",
-        "target_sparsity": 0.0,
-    },
-}
-"""Presets: what each method changes from the defaults below."""
-
-_METHOD_HELP = "preset of the keys below: fedspine (measured best), fedspine-paper (faithful), fedavg (no pruning)"
+_METHOD_HELP = "preset of the keys below: fedspine (measured best), fedspine-paper (faithful), or a baseline"
 
 
 @dataclass(frozen=True)
@@ -97,6 +81,7 @@ class RunConfig:
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
     clip_norm: float = _key(1.0, "gradient norm bound of a device's step", min=1e-6, max=1e6)
+    proximal: float = _key(0.0, "pull of a device towards what it received, mu of FedProx; 0: none", min=0.0, max=1e3)
     probe_examples: int = _key(32, "rows of a device's fixed probe batch for loss before and after", min=1, max=4096)
     dtype: str = _key(
         "float32", "arithmetic of the frozen model here, not of the virtual devices: bfloat16 is two to three times "
@@ -116,11 +101,23 @@ class RunConfig:
     min_rank: int = _key(4, "smallest LoRA rank", min=1, max=1024)
     max_rank: int = _key(16, "largest LoRA rank, and the rank of the server's adapters", min=1, max=1024)
 
+    trained_factors: str = _key(
+        "both", "LoRA factors that are trained and uploaded: both, B alone with A as it started (FFA-LoRA), "
+        "or B in odd rounds and A in even ones (RoLoRA)", "both", "b", "alternate",
+    )  # fmt: skip
+
+    rank_decay: float = _key(
+        1.0, "share of its rank that a device keeps when what lies beyond became smaller (HetLoRA); 1: it keeps all",
+        min=0.5, max=1.0,
+    )  # fmt: skip
+
     # pruning
     target_sparsity: float = _key(
         0.5, "share of prunable parameters (heads and FFN channels) cut on every device at the end", min=0.0, max=0.95
     )
-    importance: str = _key("fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random")
+    importance: str = _key(
+        "fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random", "taylor"
+    )
     masks: str = _key("shared", "whose score cuts a device: the server's, its own, or both", "shared", "own", "mixed")
     layer_budget: str = _key(
         "uniform", "heads and channels that a layer keeps: as many as any other, which stock transformers can load, or "
@@ -133,16 +130,23 @@ class RunConfig:
 
     # aggregation and scheduling
     aggregation: str = _key(
-        "product", "how unequal adapters are joined: product space, per coordinate, or zero-padded",
-        "product", "coordinate", "zero-pad",
+        "product", "how unequal adapters are joined: product space, per coordinate, zero-padded, corrected means "
+        "(LoRA-FAIR), zero-padded by norm (HetLoRA), or recovered (FedMP)",
+        "product", "coordinate", "zero-pad", "fair", "het", "r2sp",
     )  # fmt: skip
     average_decay: float = _key(0.75, "weight of the past in the averaged adapters", min=0.0, max=0.999)
     policy: str = _key(
         "fedspine", "who chooses (pruning ratio, rank)",
-        "fedspine", "s-ucb", "fixed", "random", "time-model", "clairvoyant",
+        "fedspine", "s-ucb", "fixed", "random", "time-model", "clairvoyant", "e-ucb", "tertile",
     )  # fmt: skip
     fixed_rank: int = _key(8, "rank of policy=fixed and of a safe first choice", min=1, max=1024)
-    reward: str = _key("lateness", "reward of a choice: one-sided lateness, or the paper's form", "lateness", "paper")
+    reward: str = _key(
+        "lateness",
+        "reward of a choice: one-sided lateness, the paper's form, or FedMP's, of the loss alone",
+        "lateness",
+        "paper",
+        "fedmp",
+    )
     probe: str = _key(
         "first",
         "time an iteration and a small transfer before a configuration is fixed: in a device's first round, or in all",
@@ -171,8 +175,8 @@ class RunConfig:
 
     @property
     def uses_probe(self) -> bool:
-        """Only policies that predict times gain from a probe; the others are not charged for one."""
-        return self.probe != "never" and self.policy in ("fedspine", "time-model")
+        """Only policies that ask for times gain from a probe; the others are not charged for one."""
+        return self.probe != "never" and self.policy in ("fedspine", "time-model", "tertile")
 
     @property
     def cuts_per_round(self) -> int:
@@ -286,6 +290,11 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"fixed_rank = {config.fixed_rank}: must lie between min_rank = {config.min_rank} "
             f"and max_rank = {config.max_rank}"
+        )
+    if config.trained_factors != "both" and config.aggregation not in ("coordinate", "zero-pad"):
+        raise ConfigError(
+            f"aggregation = '{config.aggregation}': with trained_factors = '{config.trained_factors}' it must be "
+            "coordinate or zero-pad, which average each factor by itself"
         )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")

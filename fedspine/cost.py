@@ -1,11 +1,11 @@
 """What a local round costs: training FLOPs, bytes on the wire, memory. One formula for client, server and clock.
 
 FLOPs follow the standard count for a transformer layer with frozen base weights and adapters: forward plus the
-gradient with respect to inputs is twice the forward; adapters add three times their own forward. Gradient
-checkpointing adds one more forward of both. Tokens are counted as `batch_size * max_length` in every layer, the static
-shape an edge runtime computes, so that a cost depends on the configuration alone. A simulation computes less: rows are
-padded to their batch's longest only, and the last layer of BERT-like classifiers computes the one token that the head
-reads.
+gradient with respect to inputs is twice the forward; adapters add three times their own forward, or two and a half
+where one factor is fixed. Gradient checkpointing adds one more forward of both. Tokens are counted as
+`batch_size * max_length` in every layer, the static shape an edge runtime computes, so that a cost depends on the
+configuration alone. A simulation computes less: rows are padded to their batch's longest only, and the last layer of
+BERT-like classifiers computes the one token that the head reads.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class Workload:
     """Importance scores that a device uploads with its adapters."""
     gradient_checkpointing: bool = False
     """Whether the activations inside a layer are computed again in the backward pass."""
+    upload_share: float = 1.0
+    """Of the adapters' values, that are trained and uploaded: half where one factor is fixed."""
+    download_share: float = 1.0
+    """Of the adapters' values, that a device is sent."""
 
     def iteration_flops(self, counts: tuple[tuple[float, float], ...], rank: int) -> float:
         """Training FLOPs of one local iteration.
@@ -58,7 +62,13 @@ class Workload:
             adapters += 2 * tokens * rank * (kept + other)
         again = int(self.gradient_checkpointing)
         head = 2 * tokens * shape.hidden * shape.vocabulary
-        return (2 + again) * base + 2 * head + (3 + again) * adapters
+        return (2 + again) * base + 2 * head + (2 + self.upload_share + again) * adapters
+
+    def weight_gradient_flops(self, counts: tuple[tuple[float, float], ...]) -> float:
+        """FLOPs that the gradients of the frozen weights add to an iteration: only Taylor scores need them."""
+        shape = self.shape
+        weights = sum(heads * shape.head_weights + channels * shape.channel_weights for heads, channels in counts)
+        return 2 * self.batch_size * self.length * weights
 
     def round_flops(self, structure: Structure, rank: int) -> float:
         """Training FLOPs of a local round on a cut model."""
@@ -70,14 +80,23 @@ class Workload:
         keep = 1.0 - ratio
         return fixed + base * keep + rank * (cut * keep + uncut)
 
-    def adapter_bytes(self, ratio: Number, rank: Number) -> Number:
-        """Bytes of the float32 adapters and head at an evenly spread pruning ratio, one way; also of arrays."""
+    def adapter_bytes(self, ratio: Number, rank: Number, share: float = 1.0) -> Number:
+        """Bytes of the float32 adapters (or a share of them) and head at an evenly spread ratio; also of arrays."""
         cut, uncut = self._adapter_terms
-        return FLOAT_BYTES * rank * (cut * (1.0 - ratio) + uncut) + self.shape.head_bytes
+        return FLOAT_BYTES * rank * (cut * (1.0 - ratio) + uncut) * share + self.shape.head_bytes
 
     def planned_bytes(self, ratio: Number, rank: Number) -> Number:
         """Bytes both ways: adapters down and up, the structure, the scores up; also of arrays."""
-        return 2 * self.adapter_bytes(ratio, rank) + 2 * self.structure_bytes + self.score_bytes
+        adapters = self.download_bytes(ratio, rank) + self.upload_bytes(ratio, rank)
+        return adapters + 2 * self.structure_bytes + self.score_bytes
+
+    def download_bytes(self, ratio: Number, rank: Number) -> Number:
+        """Of adapters and head, to a device."""
+        return self.adapter_bytes(ratio, rank, self.download_share)
+
+    def upload_bytes(self, ratio: Number, rank: Number) -> Number:
+        """Of adapters and head, from a device."""
+        return self.adapter_bytes(ratio, rank, self.upload_share)
 
     @property
     def structure_bytes(self) -> int:
@@ -103,7 +122,7 @@ class Workload:
         shape = self.shape
         tokens = self.batch_size * self.length
         weights = FLOAT_BYTES * (shape.total_parameters - sparsity * shape.prunable_parameters)
-        adapters = 4 * self.adapter_bytes(sparsity, rank)
+        adapters = self.adapter_bytes(sparsity, rank) + 3 * self.upload_bytes(sparsity, rank)
         inside = [self._values_in_layer(heads, channels) for heads, channels in counts]
         values = shape.layers * shape.hidden + max(inside) if self.gradient_checkpointing else sum(inside)
         values += 2 * shape.vocabulary  # logits and their gradient
@@ -143,5 +162,12 @@ def workload_of(config: RunConfig, shape: ModelShape) -> Workload:
     """The cost formulas of a run."""
     scores = FLOAT_BYTES * shape.layers * (shape.heads + shape.channels) if config.target_sparsity > 0 else 0
     return Workload(
-        shape, config.local_iterations, config.batch_size, config.max_length, scores, config.gradient_checkpointing
+        shape,
+        config.local_iterations,
+        config.batch_size,
+        config.max_length,
+        scores,
+        config.gradient_checkpointing,
+        upload_share=1.0 if config.trained_factors == "both" else 0.5,
+        download_share=0.5 if config.trained_factors == "b" else 1.0,
     )

@@ -25,6 +25,7 @@ from fedspine.controller.reward import reward_pulls
 from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio, sample_devices
 from fedspine.cost import Workload
 from fedspine.lora.adapters import narrow
+from fedspine.lora.factors import completed, of_sides, restored, sent_sides, trained_sides
 from fedspine.pruning.scoreboard import pruning_scores, update_own, update_shared
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose
@@ -156,7 +157,12 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     key = (config.seed, round, 0, int(Purpose.POLICY))
     actions = federation.policy.suggest(round, candidates, pulls, key)
     took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)
-    adapters = cache(lambda structure, rank: narrow(state.arrays, structure, rank, shape))  # one for equal devices
+    sent = sent_sides(config.trained_factors)
+
+    @cache  # one for equal devices
+    def adapters(structure: Structure, rank: int) -> Arrays:
+        return of_sides(narrow(state.arrays, structure, rank, shape), sent)
+
     requests = tuple(
         _request(federation, state, round, device, action, structure, took_part[device], adapters)
         for device, action, structure in zip(devices, actions, structures, strict=True)
@@ -178,8 +184,16 @@ def finish_round(
     config, shape = federation.config, federation.shape
     trained = [reply for reply in replies if reply.report.outcome == TRAINED]
     check_quorum(config, plan.round, len(plan.requests), [reply.report for reply in replies])
-    updates = [Update(float(reply.report.examples), reply.structure, reply.arrays) for reply in trained]
-    arrays = RULES[config.aggregation](state.arrays, updates, shape)
+    updates = [
+        Update(
+            float(reply.report.examples),
+            reply.structure,
+            completed(reply.arrays, state.arrays, reply.structure, shape),
+        )
+        for reply in trained
+    ]
+    joined = RULES[config.aggregation](state.arrays, updates, shape)
+    arrays = restored(joined, state.arrays, trained_sides(config.trained_factors, plan.round))
     decay = min(config.average_decay, (1 + state.round) / (10 + state.round))  # young averages forget the start faster
     averaged = average(state.averaged, arrays, decay, shape) if state.round else arrays
     scored = [(reply.device, reply.structure, reply.scores) for reply in trained if reply.scores is not None]

@@ -22,6 +22,7 @@ from fedspine.client_round import (
 from fedspine.config import RunConfig
 from fedspine.data.encode import Batch
 from fedspine.errors import ConfigError
+from fedspine.lora.factors import trained_sides
 from fedspine.lora.group import DeviceGroup
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import FisherScorer, mask_scores
@@ -31,14 +32,22 @@ from fedspine.types import Scores, TrainReply, TrainRequest
 
 
 def groupable(config: RunConfig) -> bool:
-    """Whether devices can share a batch: of a classifier, and the importance has to be measured on it."""
-    return config.task == "classification" and (config.importance == "fisher" or config.target_sparsity == 0)
+    """Whether devices can share a batch: of a classifier, without penalties, and the importance measured on it."""
+    if config.task != "classification" or config.proximal or config.rank_decay < 1.0:
+        return False
+    return config.importance == "fisher" or config.target_sparsity == 0
 
 
 def check_groupable(config: RunConfig) -> None:
-    """Errors: `ConfigError` for a task or an importance that a shared batch does not have."""
+    """Errors: `ConfigError` for a task, a penalty or an importance that a shared batch does not have."""
     if config.task != "classification":
         raise ConfigError(f"task = '{config.task}': engine = 'grouped' trains classifiers; use engine inline or ray")
+    for key, none in (("proximal", 0), ("rank_decay", 1)):
+        if getattr(config, key) != none:
+            raise ConfigError(
+                f"{key} = {getattr(config, key)}: engine = 'grouped' has no terms beside the loss; use engine inline "
+                f"or ray, or {key} = {none}"
+            )
     if not groupable(config):
         raise ConfigError(
             f"importance = '{config.importance}': engine = 'grouped' measures only 'fisher'; use engine inline or ray"
@@ -61,7 +70,8 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
     requests = [member.request for member in members]
     with watch.part("mount"):
         structures = [request.structure for request in requests]
-        group = DeviceGroup(resident, structures, [request.arrays for request in requests])
+        trained = trained_sides(config.trained_factors, requests[0].round)
+        group = DeviceGroup(resident, structures, [request.arrays for request in requests], trained)
     scorer = FisherScorer(resident, len(members)) if config.target_sparsity > 0 else None
     try:
         with watch.part("probe batch"):

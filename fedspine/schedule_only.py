@@ -201,7 +201,7 @@ class _Scheduler:
         ratios = np.linspace(before + (action.pruning_ratio - before) / cuts, action.pruning_ratio, cuts)
         first = float(ratios[0])
         scores = workload.score_bytes if cuts > 1 and number > 1 else 0
-        download = int(workload.adapter_bytes(first, rank)) + workload.structure_bytes + scores
+        download = int(workload.download_bytes(first, rank)) + workload.structure_bytes + scores
         received = meter.download_seconds(download)
         needed = workload.planned_memory_bytes(first, rank)
         if meter.out_of_memory(needed):
@@ -210,7 +210,7 @@ class _Scheduler:
         starts = [cut * config.prune_interval for cut in range(cuts)]
         shares = np.diff([*starts, config.local_iterations]) / config.local_iterations
         flops = float(shares @ workload.planned_flops(ratios, np.full(cuts, float(rank))))
-        upload = int(workload.adapter_bytes(action.pruning_ratio, rank)) + workload.structure_bytes
+        upload = int(workload.upload_bytes(action.pruning_ratio, rank)) + workload.structure_bytes
         upload += workload.score_bytes
         return Report(
             TRAINED,

@@ -38,7 +38,7 @@ from fedspine.flower.cluster import find_cluster
 from fedspine.flower.engines import check_engine, run_federation
 from fedspine.generation import check_metrics, language_figures
 from fedspine.group_round import check_groupable, groupable
-from fedspine.lora.adapters import narrow, start_adapters
+from fedspine.lora.adapters import narrow
 from fedspine.pruning.select import check_reachable
 from fedspine.randomness import Purpose, generator
 from fedspine.report.curves import draw_curves
@@ -174,13 +174,8 @@ class _Run:
         config, shape = self.config, self.bench.shape
         self.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(self.directory / "config.toml", config.to_toml().encode())
-        arrays = self._start()
+        arrays = self.bench.start
         return ServerState(0, arrays, arrays, Structure.full(shape)), ()
-
-    def _start(self) -> Arrays:
-        """Adapters that change nothing yet, and the head as it was loaded."""
-        rng = generator(self.config.seed, 0, 0, Purpose.ADAPTERS)
-        return start_adapters(self.bench.shape, self.config.max_rank, rng) | self.bench.resident.head_arrays()
 
     def restored(self) -> tuple[ServerState, tuple[RoundRecord, ...]]:
         """The state of the last checkpoint, and the records up to it."""
@@ -204,10 +199,10 @@ class _Run:
         return RunPlan(
             config=config,
             device_types=self._device_types(),
-            trainable_parameters=int(workload.adapter_bytes(0.0, config.max_rank) / 4),
+            trainable_parameters=int(workload.upload_bytes(0.0, config.max_rank) / 4),
             prunable_parameters=bench.shape.prunable_parameters,
             total_parameters=bench.shape.total_parameters,
-            smallest_message_bytes=int(workload.adapter_bytes(config.target_sparsity, config.min_rank)),
+            smallest_message_bytes=int(workload.upload_bytes(config.target_sparsity, config.min_rank)),
             largest_message_bytes=int(workload.adapter_bytes(0.0, config.max_rank)),
             device_memory_bytes=int(workload.memory_bytes(full, config.max_rank)),
             expected_wall_seconds=self._expected_wall_seconds(),
@@ -256,7 +251,7 @@ class _Run:
         )
         if config.task == "causal-lm":
             losses = [reply.loss for reply in devices]
-            summary |= language_figures(bench, self._evaluate, self._start(), state, finished, losses)
+            summary |= language_figures(bench, self._evaluate, bench.start, state, finished, losses)
         write_atomically(self.directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         draw_curves(finished, config, self._device_types(), self.directory / "curves.png")
         return RunResult(self.directory, summary, finished)
@@ -266,7 +261,7 @@ class _Run:
         config, bench = self.config, self.bench
         workload = bench.workload
         full = Structure.full(bench.shape)
-        bench.resident.mount(full, narrow(self._start(), full, config.fixed_rank, bench.shape))
+        bench.resident.mount(full, narrow(bench.start, full, config.fixed_rank, bench.shape))
         optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
         rng = generator(config.seed, 0, 0, Purpose.BATCHES)
         batches = list(training_batches(bench.of_device(0), config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
@@ -311,11 +306,10 @@ class _Run:
         """What the simulator knows and no policy but the clairvoyant one may."""
         workload, config = self.bench.workload, self.config
         meter = VirtualMeter(device_state(self.bench.population, config.seed, device, round))
-        one_way = workload.adapter_bytes(ratio, rank)
         return (
             meter.compute_seconds(workload.planned_flops(ratio, rank), config.local_iterations)
-            + meter.download_seconds(int(one_way))
-            + meter.upload_seconds(int(one_way) + workload.score_bytes)
+            + meter.download_seconds(int(workload.download_bytes(ratio, rank)))
+            + meter.upload_seconds(int(workload.upload_bytes(ratio, rank)) + workload.score_bytes)
         )
 
 

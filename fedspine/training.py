@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -61,17 +62,35 @@ def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, 
     return correct / count, loss / count, float(predicted.max()) / count
 
 
-class LocalOptimizer:
-    """AdamW on the mounted adapters and head, gradients clipped; its moments survive a cut, sliced like the weights."""
+class Penalty(Protocol):
+    """A term beside the loss."""
 
-    def __init__(self, resident: ResidentModel, learning_rate: float, clip_norm: float) -> None:
+    def add_gradients(self) -> None:
+        """To those of the loss, before they are clipped."""
+
+    def cut(self, structure: Structure) -> None:
+        """The mounted model is about to be cut."""
+
+
+class LocalOptimizer:
+    """AdamW on the mounted adapters and head, gradients clipped; its moments survive a cut, sliced like the weights.
+
+    `penalties`: terms beside the loss.
+    """
+
+    def __init__(
+        self, resident: ResidentModel, learning_rate: float, clip_norm: float, penalties: Sequence[Penalty] = ()
+    ) -> None:
         self._resident = resident
+        self._penalties = penalties
         self._learning_rate = learning_rate
         self._clip_norm = clip_norm
         self._optimizer = self._fresh()
 
     def step(self) -> None:
-        """Clip, update, and clear the gradients."""
+        """Add penalties, clip, update, and clear the gradients."""
+        for penalty in self._penalties:
+            penalty.add_gradients()
         torch.nn.utils.clip_grad_norm_(list(self._resident.parameters.values()), self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -90,6 +109,8 @@ class LocalOptimizer:
                 for key, value in state.items()
             }
         self._optimizer.state.clear()
+        for penalty in self._penalties:
+            penalty.cut(structure)
         resident.cut(structure)
         self._optimizer = self._fresh()
         for name, parameter in resident.parameters.items():

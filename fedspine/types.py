@@ -88,6 +88,8 @@ class Report:
     """Why it failed, if it did."""
     wall: Mapping[str, float] = field(default_factory=dict)
     """Wall time of the local work on the machine that did it: `seconds` in all, and by part."""
+    rank_after: int = 0
+    """Of the adapters that came back: that of the action, or less where the device dropped components itself."""
 
     @property
     def seconds(self) -> float:

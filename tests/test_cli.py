@@ -73,7 +73,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"rounds": 2.5}, "rounds = 2.5: must be a whole number"),
     ({"policy": 1}, "policy = 1: must be a text"),
     ({"policy": "fedspin"}, "(did you mean 'fedspine'?)"),
-    ({"method": "fedprox"}, "method = 'fedprox': must be one of fedspine, fedspine-paper, fedavg"),
+    ({"method": "fedproxy"}, "method = 'fedproxy': must be one of fedspine, fedspine-paper, fedavg"),
     ({"lora_targets": ["q", "x"]}, "'x' must be one of q, k, v, o, gate, up, down"),
     ({"lora_targets": ["gate"]}, "lora_targets has 'gate', which family 'bert' does not have"),
     ({"sampled": 9}, "sampled = 9: more than devices = 8"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedspine.aggregation import coordinate, product, zero_pad
+from fedspine.aggregation import coordinate, fair, het, product, r2sp, zero_pad
 from fedspine.aggregation.update import Update
 from fedspine.structure import ModelShape
 from fedspine.types import Array, Arrays
@@ -19,5 +19,8 @@ RULES: dict[str, Rule] = {
     "product": product.aggregate,
     "coordinate": coordinate.aggregate,
     "zero-pad": zero_pad.aggregate,
+    "fair": fair.aggregate,
+    "het": het.aggregate,
+    "r2sp": r2sp.aggregate,
 }
 """By the value of the configuration key `aggregation`."""

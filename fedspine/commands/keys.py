@@ -7,6 +7,7 @@ import dataclasses
 
 from fedspine.commands.arguments import Subparsers
 from fedspine.config import Key, RunConfig
+from fedspine.methods import SOURCES
 
 
 def add(commands: Subparsers) -> None:
@@ -25,4 +26,7 @@ def run(_: argparse.Namespace) -> int:
         default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
         print(f"{field.name} = {default.lower() if isinstance(field.default, bool) else default}")
         print(f"    {key.help}{f'  [{bounds}]' if bounds else ''}")
+        if field.name == "method":
+            for method, source in SOURCES.items():
+                print(f"        {method}: {source}")
     return 0

@@ -78,9 +78,11 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
 
     Errors: `ConfigError` when the clairvoyant policy is asked for without a simulator's oracle.
     """
+    from fedspine.controller.e_ucb import EUcbPolicy
     from fedspine.controller.joint import Clairvoyant, FedSpinePolicy, TimeModelPolicy
     from fedspine.controller.s_ucb import SUcbPolicy
     from fedspine.controller.simple import FixedPolicy, RandomPolicy
+    from fedspine.controller.tertile import TertilePolicy
 
     safe = config.fixed_rank
     ranks = rank_grid(config.min_rank, config.max_rank)
@@ -92,6 +94,8 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
         "fedspine": lambda: FedSpinePolicy(workload, safe, ranks),
         "time-model": lambda: TimeModelPolicy(workload, safe),
         "s-ucb": lambda: SUcbPolicy(config.target_sparsity, ranks),
+        "e-ucb": lambda: EUcbPolicy(config.target_sparsity, safe),
+        "tertile": lambda: TertilePolicy(ranks),
         "fixed": lambda: FixedPolicy(safe),
         "random": RandomPolicy,
     }

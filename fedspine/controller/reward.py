@@ -26,12 +26,16 @@ def reward_pulls(kind: str, target: float, past: Sequence[Pull], current: Sequen
     """Fill in `quality` (0..1 or slightly below 0) and `reward` (-1..1) of a round's pulls.
 
     `paper`: quality / (|T - mean T| / mean T + kappa) * kappa, the bounded form of FedMP's reward.
+    `fedmp`: the same with the loss improvement alone, relative to the largest of the round, as quality.
     `lateness`: quality - 0.7 * clip(T / T_ref - 1, 0, 2), only being late costs.
     A device that did not finish gets quality 0 and reward -1.
     """
     trained = [pull for pull in current if pull.report.outcome == TRAINED]
     largest_gain = max((abs(_gain(pull)) for pull in trained), default=0.0) or 1.0
     largest_norm = max((pull.report.update_norm for pull in trained), default=0.0) or 1.0
+    if kind == "fedmp":
+        gains = [_gain(pull) / largest_gain for pull in current]
+        return with_rewards(kind, current, gains, reference_seconds(past, current))
     qualities = [
         (
             LOSS_WEIGHT * _gain(pull) / largest_gain
@@ -59,7 +63,7 @@ def with_rewards(kind: str, current: Sequence[Pull], qualities: Sequence[float],
         if pull.report.outcome != TRAINED:
             result.append(replace(pull, quality=0.0, reward=-1.0))
             continue
-        if kind == "paper":
+        if kind != "lateness":
             spread = abs(pull.report.seconds - mean_time) / mean_time if mean_time > 0 else 0.0
             reward = quality * KAPPA / (spread + KAPPA)
         else:

@@ -67,7 +67,9 @@ def widen(arrays: Arrays, structure: Structure, shape: ModelShape) -> dict[str, 
 
 
 def rank_of(arrays: Arrays, shape: ModelShape) -> int:
-    return len(arrays[f"{shape.modules[0].name}.A"])
+    """Of a device's adapters; one factor is enough."""
+    a, b = (arrays.get(f"{shape.modules[0].name}.{side}") for side in "AB")
+    return len(a) if a is not None else b.shape[1]  # type: ignore[union-attr]
 
 
 def nbytes(arrays: Arrays) -> int:

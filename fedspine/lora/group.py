@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fedspine.lora.adapters import HEAD, kept_features, narrow, rank_of, widen
+from fedspine.lora.factors import BOTH
 from fedspine.lora.resident import ResidentModel
 from fedspine.structure import ModuleShape, Structure
 from fedspine.types import Array, Arrays
@@ -24,14 +25,20 @@ from fedspine.types import Array, Arrays
 class DeviceGroup:
     """Devices that are mounted side by side. A batch holds as many rows of each, device after device."""
 
-    def __init__(self, resident: ResidentModel, structures: Sequence[Structure], arrays: Sequence[Arrays]) -> None:
-        """Mount devices with these structures and adapters (narrow). Call `close` before the next mount."""
+    def __init__(
+        self, resident: ResidentModel, structures: Sequence[Structure], arrays: Sequence[Arrays], trained: str = BOTH
+    ) -> None:
+        """Mount devices with these structures and adapters (narrow). Call `close` before the next mount.
+
+        `trained`: the factors that get gradients, A, B or AB.
+        """
         self.resident = resident
         self.structures = list(structures)
         shape = resident.shape
         self._ranks = [rank_of(each, shape) for each in arrays]
         union = _union(structures)
-        resident.mount(union, _stacked([self._in(union, *pair) for pair in zip(structures, arrays, strict=True)]))
+        stacked = _stacked([self._in(union, *pair) for pair in zip(structures, arrays, strict=True)])
+        resident.mount(union, stacked, trained=trained)
         self._masks: dict[str, torch.Tensor | None] = {}
         """By projection: over the inputs of `o` and `down`."""
         self._handles: list[RemovableHandle] = []

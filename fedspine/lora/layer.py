@@ -71,7 +71,8 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         wide = gradient.reshape(*parts.shape[:-1], -1)
         thin_gradient = (b.mT @ wide.mT).mul_(ctx.scale)
-        of_a, of_b = (thin_gradient @ parts).float(), (thin @ wide).mT.float()
+        of_a = (thin_gradient @ parts).float() if ctx.needs_input_grad[3] else None
+        of_b = (thin @ wide).mT.float() if ctx.needs_input_grad[4] else None
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = wide.flatten(0, -2) @ weight

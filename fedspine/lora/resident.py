@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from fedspine.errors import ModelError
 from fedspine.lora.adapters import HEAD, kept_features
+from fedspine.lora.factors import BOTH
 from fedspine.lora.layer import ADAPTER, with_fused_lora
 from fedspine.pruning.families import describe, family_of, head_counters, head_of, projections
 from fedspine.structure import ModelShape, ModuleShape, Structure
@@ -84,17 +85,21 @@ class ResidentModel:
         self.structure = self.held = Structure.full(self.shape)
         """What is mounted, and what could be: all of the base but what was given up."""
         self._own = False
+        self._trained = BOTH
         self.parameters: dict[str, nn.Parameter] = {}
 
     def head_arrays(self) -> dict[str, Array]:
         """The task head's tensors by wire name, as they were loaded: no device's, whatever is mounted."""
         return {name: value.copy() for name, value in self._start.items()}
 
-    def mount(self, structure: Structure, arrays: Arrays, merge: bool = False, own: bool = False) -> None:
+    def mount(
+        self, structure: Structure, arrays: Arrays, merge: bool = False, own: bool = False, trained: str = BOTH
+    ) -> None:
         """Become the model of one device: cut to `structure`, with adapters and head from `arrays` (narrow).
 
         `merge`: fold the adapters into the weights, for evaluation; nothing is trainable then.
         `own`: give up what `structure` has cut, for good, and what `cut` will: the memory is freed.
+        `trained`: the factors that get gradients, A, B or AB.
         Arrays with one dimension more, in front, are those of several devices: a batch is then as many equal parts.
         Every array is consumed: a wrong or missing name raises `KeyError`.
         Errors: `ModelError` when the structure keeps what was given up.
@@ -105,7 +110,7 @@ class ResidentModel:
                 f"a structure with {structure.sparsity(self.shape):.3f} of the prunable parameters cut keeps some that "
                 f"this process has given up (it holds a part with {gone:.3f} cut): load the model again"
             )
-        unused, self._own = set(arrays), own
+        unused, self._own, self._trained = set(arrays), own, trained
         self.parameters = {}
         for module in self.projections:
             self._cut_base(module, structure)
@@ -139,7 +144,7 @@ class ResidentModel:
         for name, array in arrays.items():
             keep = self.still_kept(name, structure)
             narrowed[name] = array if keep is None else np.take(array, keep[1], axis=keep[0])
-        self.mount(structure, narrowed, own=self._own)
+        self.mount(structure, narrowed, own=self._own, trained=self._trained)
 
     def still_kept(self, name: str, structure: Structure) -> tuple[int, np.ndarray] | None:
         """(axis, positions among the current features) of an array that stay under `structure`; None: all of it."""
@@ -164,6 +169,10 @@ class ResidentModel:
         """(A [rank, d_in], B [d_out, rank], frozen weight [d_out, d_in]) of a mounted projection."""
         layer = self._layer(module.name)
         return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.get_base_layer().weight.float()
+
+    def weight(self, projection: ModuleShape) -> torch.Tensor:
+        """The frozen weight [d_out, d_in] of a mounted projection, with or without adapters, in float32."""
+        return self._linear(projection.name).weight.detach().float()
 
     def _cut_base(self, module: ModuleShape, structure: Structure) -> None:
         weight, bias = self._base[module.name]
@@ -191,7 +200,7 @@ class ResidentModel:
         rank = a.shape[-2]
         layer.r[ADAPTER], layer.scaling[ADAPTER] = rank, self.scale
         for side, part, value in (("A", layer.lora_A[ADAPTER], a), ("B", layer.lora_B[ADAPTER], b)):
-            part.weight = nn.Parameter(value, requires_grad=not merge)
+            part.weight = nn.Parameter(value, requires_grad=not merge and side in self._trained)
             self.parameters[f"{name}.{side}"] = part.weight
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -167,9 +167,10 @@ class LoraGradientScorer(_Smoothed):
         with torch.no_grad():
             for module in shape.modules:
                 a, b, weight = self.resident.lora(module)
-                if a.grad is None or b.grad is None:
+                if a.grad is None and b.grad is None:
                     continue
-                importance = estimated_gradient(a, b, a.grad, b.grad)
+                grad_a, grad_b = (torch.zeros_like(each) if each.grad is None else each.grad for each in (a, b))
+                importance = estimated_gradient(a, b, grad_a, grad_b)
                 importance.mul_(torch.addmm(weight, b, a, alpha=self.resident.scale)).abs_()
                 vector = per_unit(importance, module)
                 part = values[module.layer][0 if module.unit == "heads" else 1]
@@ -191,6 +192,52 @@ def per_unit(values: torch.Tensor, module: ModuleShape) -> torch.Tensor:
     units = len(features) // module.unit_size
     segments = torch.split(features, [units * size for size in module.segments])
     return torch.stack([segment.view(units, -1).sum(1) for segment in segments]).sum(0)
+
+
+class TaylorScorer(_Smoothed):
+    """First-order Taylor of the frozen weights: |W * dL/dW|, summed over all projections of a head or channel.
+
+    Source: LLM-Pruner (arXiv 2305.11627), `param_first` with groups summed; there the gradient is that of the mean over
+    the calibration samples, here that of a mini-batch, and the scores are averaged. The gradient of a frozen weight is
+    formed when the backward pass comes to its projection, and is gone when it leaves it.
+    """
+
+    def __init__(self, resident: ResidentModel) -> None:
+        super().__init__(resident)
+        self._values = self._zeros()
+        self._handles = [
+            resident.model.get_submodule(projection.name).register_forward_hook(self._watch(projection))
+            for projection in resident.projections
+        ]
+
+    def _zeros(self) -> list[tuple[Array, Array]]:
+        counts = self.resident.structure.counts()
+        return [(np.zeros(heads, np.float32), np.zeros(channels, np.float32)) for heads, channels in counts]
+
+    def _watch(self, projection: ModuleShape) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def after(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if torch.is_grad_enabled():
+                value = inputs[0].detach()
+                output.requires_grad_()  # also of what has no adapter and follows the embeddings
+                output.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient: self._take(projection, value, gradient)
+                )
+
+        return after
+
+    def _take(self, projection: ModuleShape, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        of_weight = gradient.flatten(0, -2).float().T @ value.flatten(0, -2).float()
+        vector = per_unit(of_weight.mul_(self.resident.weight(projection)).abs_(), projection)
+        part = self._values[projection.layer][0 if projection.unit == "heads" else 1]
+        part += vector.cpu().numpy()
+
+    def observe(self) -> None:
+        self.add(self._values)
+        self._values = self._zeros()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 class MagnitudeScorer:
@@ -246,6 +293,7 @@ SCORERS: dict[str, Callable[[ResidentModel, int], Scorer]] = {
     "lora-gradient": lambda resident, seed: LoraGradientScorer(resident),
     "magnitude": lambda resident, seed: MagnitudeScorer(resident),
     "random": RandomScorer,
+    "taylor": lambda resident, seed: TaylorScorer(resident),
 }
 """By the value of the configuration key `importance`."""
 

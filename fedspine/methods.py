@@ -1,0 +1,59 @@
+"""The methods that `method` names: FedSpine, and the baselines that it is compared with. Each is a preset of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_UNPRUNED: dict[str, Any] = {"policy": "fixed", "aggregation": "coordinate", "target_sparsity": 0.0}
+_PRUNED: dict[str, Any] = {"policy": "fixed", "aggregation": "coordinate"}
+"""The same ratio and rank for all devices, one shared mask."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fedspine": {},
+    "fedspine-paper": {
+        "policy": "s-ucb",
+        "importance": "lora-gradient",
+        "masks": "own",
+        "reward": "paper",
+        "max_step_ratio": 0.15,
+    },
+    "fedavg": _UNPRUNED,
+    "fedit": _UNPRUNED,
+    "fedprox": {**_UNPRUNED, "proximal": 0.01},
+    "ffa-lora": {**_UNPRUNED, "trained_factors": "b"},
+    "rolora": {**_UNPRUNED, "trained_factors": "alternate"},
+    "flexlora": {**_UNPRUNED, "aggregation": "product"},
+    "lora-fair": {**_UNPRUNED, "aggregation": "fair"},
+    "hetlora": {**_UNPRUNED, "aggregation": "het", "policy": "tertile", "rank_decay": 0.99},
+    "loraprune": {**_PRUNED, "importance": "lora-gradient"},
+    "llm-pruner": {**_PRUNED, "importance": "taylor", "schedule": "one-shot"},
+    "magnitude": {**_PRUNED, "importance": "magnitude"},
+    "random-pruning": {**_PRUNED, "importance": "random"},
+    "fedmp": {
+        "policy": "e-ucb",
+        "importance": "magnitude",
+        "masks": "own",
+        "aggregation": "r2sp",
+        "reward": "fedmp",
+    },
+}
+"""What each method changes from the defaults of `RunConfig`."""
+
+SOURCES: dict[str, str] = {
+    "fedspine": "what measured best here",
+    "fedspine-paper": "faithful to FedSpine (arXiv 2501.02438)",
+    "fedavg": "unpruned LoRA, both factors averaged: the reference",
+    "fedit": "another name of fedavg: FedIT (arXiv 2305.05644)",
+    "fedprox": "fedit with a pull towards what was received: FedProx (arXiv 1812.06127)",
+    "ffa-lora": "A frozen at the shared start, B trained, half the traffic: FFA-LoRA (arXiv 2403.12313)",
+    "rolora": "B in odd rounds, A in even ones: RoLoRA (arXiv 2502.01755)",
+    "flexlora": "products averaged and cut back to the rank by SVD: FlexLoRA (arXiv 2402.11505)",
+    "lora-fair": "factors averaged, B corrected towards the average product: LoRA-FAIR (arXiv 2411.14961)",
+    "hetlora": "ranks by speed that shrink by themselves, zero-padded, weighted by norm: HetLoRA (arXiv 2401.06432)",
+    "loraprune": "LoRA-gradient scores, the same ratio for all on a cubic ramp: LoRAPrune (arXiv 2305.18403)",
+    "llm-pruner": "cut at once after the warm-up by Taylor scores, then tuned: LLM-Pruner (arXiv 2305.11627)",
+    "magnitude": "the same ratio for all, smallest weights first: the classic control",
+    "random-pruning": "the same ratio for all, drawn at random: the control of every score",
+    "fedmp": "ratio by E-UCB, own masks by magnitude, R2SP: FedMP (doi 10.1109/ICDE53745.2022.00062)",
+}
+"""What each method is, and where it comes from."""
