@@ -29,6 +29,7 @@ from fedspine.methods import METHODS
 from fedspine.report.records import write_atomically
 
 FILE = "comparison.json"
+METHODS_BY_DEFAULT = ("fedavg", "fedspine", "fedspine-paper")
 _POLL_SECONDS = 0.5
 
 
@@ -83,7 +84,7 @@ def compare(
     `config`: a TOML file of the keys that all share, with a table `[methods.NAME]` for each method of one's own: a
     preset (`method`, by default the one of that name) and its keys. A method's own keys go before those of its preset,
     and these before what all share. `keys` override what all share.
-    `methods`: which, the reference first; by default all tables of the file, or else all presets.
+    `methods`: which, the reference first; by default all tables of the file, or else `METHODS_BY_DEFAULT`.
     `parallel`: runs at a time, one process each. `out`: continued if it holds this comparison.
 
     Errors: subclasses of `FedSpineError`; before anything is written, but for a run that fails.
@@ -110,7 +111,7 @@ def plan(config: str | Path | None, methods: Sequence[str] | None, seeds: int, k
     if "seed" in shared or "method" in shared:
         word = "seed" if "seed" in shared else "method"
         raise ConfigError(f"{word}: a comparison sets it itself; use --{word}s")
-    chosen = list(methods or own or METHODS)
+    chosen = list(methods or own or METHODS_BY_DEFAULT)
     if repeated := next((name for name in chosen if chosen.count(name) > 1), None):
         raise ConfigError(f"methods: '{repeated}' is named twice")
     for name in chosen:

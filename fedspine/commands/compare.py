@@ -36,7 +36,8 @@ def add(commands: Subparsers) -> None:
     compare.add_argument(
         "--methods",
         metavar="A,B,...",
-        help="presets or tables of CONFIG.toml, the reference first (default: its tables, or else all presets)",
+        help="presets or tables of CONFIG.toml, the reference first (default: its tables, or else "
+        "fedavg,fedspine,fedspine-paper)",
     )
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
     compare.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (default: 1)")
