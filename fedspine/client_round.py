@@ -24,9 +24,10 @@ from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
 from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
 from fedspine.lora.factors import completed, of_sides, trained_sides
+from fedspine.lora.norms import update_norm
 from fedspine.lora.proximal import Proximal
 from fedspine.lora.rank_tail import RankTail, kept_rank
-from fedspine.lora.resident import ResidentModel, update_norm
+from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_base, load_tokenizer
 from fedspine.pruning.importance import SCORERS, TaylorScorer
 from fedspine.pruning.scoreboard import blend

@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import statistics
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from fedspine.artifact import ADAPTER, assembled, load_model, save_adapter, save_model
+from fedspine.benchmark import alternate
 from fedspine.checkpoint import FILE, load_state
 from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig, load_config
@@ -38,7 +39,7 @@ from fedspine.run_directory import free_directory
 from fedspine.structure import Structure
 from fedspine.training import evaluate, tensors
 
-WARM_UP, REPEATS = 3, 15
+REPEATS = 15
 """Forward passes of each model whose latency is measured."""
 TEXT, QUESTION = "Once upon a time", "What is a leaf?"
 """What the card gives a language model to begin with."""
@@ -202,7 +203,8 @@ def _measured(bench: Workbench, model: nn.Module, file_bytes: int) -> Measured:
     base, _ = load_base(bench.config, len(bench.data.classes), bench.pad_id)
     row = _median_row(bench)
     inputs = tensors(next(evaluation_batches(row, 1, bench.pad_id)), torch.device("cpu"))
-    own, bases = _latencies((model, base), inputs)
+    with torch.inference_mode():
+        own, bases = alternate([partial(each, **inputs) for each in (model, base)], REPEATS, step=lambda _: None)
     return Measured(
         accuracy=accuracy,
         loss=loss,
@@ -224,15 +226,3 @@ def _measured(bench: Workbench, model: nn.Module, file_bytes: int) -> Measured:
 def _median_row(bench: Workbench) -> Any:
     """The evaluation text of median length."""
     return bench.test.take(np.argsort(bench.test.lengths, kind="stable")[[len(bench.test) // 2]])
-
-
-def _latencies(models: tuple[nn.Module, nn.Module], inputs: Mapping[str, torch.Tensor]) -> list[list[float]]:
-    """Seconds of forward passes of each model, in alternation."""
-    seconds: list[list[float]] = [[], []]
-    with torch.inference_mode():
-        for _ in range(WARM_UP + REPEATS):
-            for model, own in zip(models, seconds, strict=True):
-                began = time.perf_counter()
-                model(**inputs)
-                own.append(time.perf_counter() - began)
-    return [own[WARM_UP:] for own in seconds]

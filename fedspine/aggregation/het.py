@@ -6,14 +6,12 @@ small, weigh less. The task head is averaged by examples, as everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from fedspine.aggregation import zero_pad
 from fedspine.aggregation.update import Update, mean_heads
+from fedspine.lora.norms import product_norm
 from fedspine.structure import ModelShape
 from fedspine.types import Array, Arrays
 
@@ -26,12 +24,3 @@ def aggregate(current: Arrays, updates: Sequence[Update], shape: ModelShape) -> 
     else:  # nobody has moved B yet
         weighted = list(updates)
     return zero_pad.aggregate(current, weighted, shape) | mean_heads(current, updates)
-
-
-def product_norm(arrays: Arrays, shape: ModelShape) -> float:
-    """Frobenius norm of all B A of a device, by the trace trick sum((B^T B) * (A A^T)): no product is formed."""
-    total = 0.0
-    for module in shape.modules:
-        a, b = (arrays[f"{module.name}.{side}"].astype(np.float64) for side in "AB")
-        total += float(np.sum((b.T @ b) * (a @ a.T)))
-    return math.sqrt(max(total, 0.0))

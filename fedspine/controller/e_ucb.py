@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.controller.policy import pulls_by_device
 from fedspine.controller.simple import safe_action
 from fedspine.types import Action, Candidate, Pull
 
@@ -34,10 +35,7 @@ class EUcbPolicy:
     def suggest(
         self, round: int, candidates: Sequence[Candidate], pulls: Sequence[Pull], key: tuple[int, ...]
     ) -> tuple[Action, ...]:
-        own: dict[int, list[Pull]] = {candidate.device: [] for candidate in candidates}
-        for pull in pulls:
-            if pull.device in own:
-                own[pull.device].append(pull)
+        own = pulls_by_device(candidates, pulls)
         return tuple(self._choose(candidate, own[candidate.device], key) for candidate in candidates)
 
     def _choose(self, candidate: Candidate, own: Sequence[Pull], key: tuple[int, ...]) -> Action:

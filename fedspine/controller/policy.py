@@ -39,6 +39,15 @@ def rank_grid(min_rank: int, max_rank: int) -> tuple[int, ...]:
     return (*ranks, max_rank)
 
 
+def pulls_by_device(candidates: Sequence[Candidate], pulls: Sequence[Pull]) -> dict[int, list[Pull]]:
+    """The past pulls of every candidate, oldest first."""
+    own: dict[int, list[Pull]] = {candidate.device: [] for candidate in candidates}
+    for pull in pulls:
+        if pull.device in own:
+            own[pull.device].append(pull)
+    return own
+
+
 def feasible(candidates: Sequence[Candidate], pulls: Sequence[Pull]) -> tuple[Candidate, ...]:
     """Drop ranks at which a device has run out of memory, at this ratio or a higher one; the smallest always stays."""
     lost: dict[int, list[Action]] = {}

@@ -7,7 +7,6 @@ serves one device only need not keep what that device has cut: it mounts with `o
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -285,20 +284,3 @@ def _to(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     model.to(device, dtype)
     if device.type == "cpu" and dtype == torch.bfloat16 and isinstance(model, PreTrainedModel):
         model.set_attn_implementation("eager")
-
-
-def update_norm(before: Mapping[str, Array], after: Mapping[str, Array], shape: ModelShape, scale: float) -> float:
-    """Frobenius norm of the change of all s*B@A, without forming a product.
-
-    ||B1 A1 - B0 A0||^2 by the trace trick sum((B^T B) * (A A^T)) on the joined factors. Both on the same structure.
-    """
-    total = 0.0
-    for module in shape.modules:
-        b_after, b_before, a_after, a_before = (
-            torch.from_numpy(np.asarray(arrays[f"{module.name}.{side}"])).double()
-            for side in "BA"
-            for arrays in (after, before)
-        )
-        b, a = torch.cat([b_after, -b_before], dim=1), torch.cat([a_after, a_before])
-        total += float(torch.sum((b.T @ b) * (a @ a.T)))
-    return scale * math.sqrt(max(total, 0.0))

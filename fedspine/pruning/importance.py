@@ -98,9 +98,9 @@ class FisherScorer(_Smoothed):
         def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            value = (
-                inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
-            )  # nothing below trains
+            value = inputs[0]
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()  # nothing below it trains
             return _Watched.apply(value, take)  # type: ignore[no-any-return, no-untyped-call]
 
         return before

@@ -7,8 +7,8 @@ import pytest
 
 from fedspine.aggregation import RULES, Update
 from fedspine.aggregation.fair import LAMBDA
-from fedspine.aggregation.het import product_norm
 from fedspine.lora.adapters import kept_features, narrow, widen
+from fedspine.lora.norms import product_norm
 from fedspine.structure import ModuleShape
 from tests.aggregation.test_rules import FULL, RANK, RESIDENT, SHAPE, START, product, update
 from tests.tiny import random_arrays, uneven_structure

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
-from fedspine.lora.resident import ResidentModel, update_norm
+from fedspine.lora.norms import update_norm
+from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.families import FAMILIES
 from fedspine.structure import Structure
 from tests.tiny import TARGETS, random_arrays, tiny_model, tiny_resident, tokens, uneven_structure
