@@ -29,12 +29,10 @@ from torch import nn
 
 from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig, load_config, parse_override
-from fedspine.data.encode import training_batches
 from fedspine.lora.adapters import kept_features
 from fedspine.model import load_base
 from fedspine.pruning.families import family_of, head_counters, projections
 from fedspine.pruning.select import select
-from fedspine.randomness import Purpose, generator
 from fedspine.report.observer import Silent
 from fedspine.simulation import simulate
 from fedspine.structure import Structure
@@ -109,11 +107,9 @@ def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, ra
     )
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    rng = generator(config.seed, round, device, Purpose.BATCHES)
-    data = bench.of_device(device)
     batches = [
         (tensors(batch, torch.device("cpu")), torch.from_numpy(batch.labels))
-        for batch in training_batches(data, config.batch_size, config.local_iterations, rng, bench.pad_id)
+        for batch in bench.training_batches(device, round)
     ]
     began = time.perf_counter()
     for inputs, labels in batches:

@@ -40,7 +40,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedspine.client_round import Local, Workbench, batches_of, tuned
+from fedspine.client_round import Local, Workbench, tuned
 from fedspine.config import RunConfig
 from fedspine.cost import workload_of
 from fedspine.data.encode import Encoded
@@ -208,7 +208,7 @@ def _stock(config: RunConfig, local: Local, bench: Workbench) -> float:
         adapted.train().gradient_checkpointing_enable({"use_reentrant": False})
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    batches = list(batches_of(local, bench))
+    batches = list(bench.training_batches(local.request.device, local.request.round))
     began = time.perf_counter()
     for batch in batches:
         labels = torch.from_numpy(batch.labels).to(device)

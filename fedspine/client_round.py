@@ -86,6 +86,15 @@ class Workbench:
         rng = generator(self.config.seed, 0, 0, Purpose.ADAPTERS)
         return start_adapters(self.shape, self.config.max_rank, rng) | self.resident.head_arrays()
 
+    def training_batches(self, device: int, round: int, iterations: int | None = None) -> Iterator[Batch]:
+        """The mini-batches of a device's local round, or its first `iterations`; all devices take the same turns."""
+        config = self.config
+        rng, turns = (
+            generator(config.seed, round, *who) for who in ((device, Purpose.BATCHES), (0, Purpose.BATCH_ORDER))
+        )
+        iterations = config.local_iterations if iterations is None else iterations
+        return training_batches(self.of_device(device), config.batch_size, iterations, rng, self.pad_id, turns)
+
     def evaluation_batches(self, rows: Encoded, most: int = EVALUATION_BATCH) -> Iterator[Batch]:
         """Every row once, at most `most` together."""
         logits_of_row = self.config.max_length * max(1, self.shape.vocabulary)
@@ -218,13 +227,6 @@ def measures_importance(config: RunConfig, round: int) -> bool:
     return config.target_sparsity > 0 and (config.importance != "taylor" or round <= warmup_rounds(config))
 
 
-def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
-    """The mini-batches of the local round."""
-    config, request = bench.config, local.request
-    rng = generator(config.seed, request.round, request.device, Purpose.BATCHES)
-    return training_batches(local.data, config.batch_size, config.local_iterations, rng, bench.pad_id)
-
-
 def next_structure(
     request: TrainRequest, bench: Workbench, iteration: int, now: Structure, own: Callable[[], Scores] | None
 ) -> Structure | None:
@@ -278,7 +280,7 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
 
     try:
         observe = scorer.observe if scorer else _nothing
-        tune(resident, optimizer, batches_of(local, bench), observe, before_step, watch)
+        tune(resident, optimizer, bench.training_batches(request.device, request.round), observe, before_step, watch)
         scores = scorer.scores() if scorer else None
     finally:
         if scorer:

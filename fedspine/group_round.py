@@ -12,7 +12,6 @@ from torch.nn import functional
 from fedspine.client_round import (
     Local,
     Workbench,
-    batches_of,
     begin,
     configure_threads,
     next_structure,
@@ -79,7 +78,7 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
             before = _probe_losses(resident, probes, bench.pad_id)
         parameters = list(resident.parameters.values())
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
-        streams = [batches_of(member, bench) for member in members]
+        streams = [bench.training_batches(request.device, request.round) for request in requests]
         flops = np.zeros(len(members))
         for iteration in range(config.local_iterations):
             with watch.part("cut"):

@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     ADAPTERS = 5
     EVALUATE_DEVICES = 6
     SURFACE = 7
+    BATCH_ORDER = 8
 
 
 def generator(seed: int, round: int, device: int, purpose: Purpose) -> np.random.Generator:

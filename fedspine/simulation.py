@@ -22,7 +22,6 @@ from fedspine.client_round import Workbench, configure_threads, workbench
 from fedspine.config import RunConfig, configured, load_config
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
-from fedspine.data.encode import training_batches
 from fedspine.data.prepared import shared
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.errors import CheckpointError, ConfigError
@@ -40,7 +39,6 @@ from fedspine.generation import check_metrics, language_figures
 from fedspine.group_round import check_groupable, groupable
 from fedspine.lora.adapters import narrow
 from fedspine.pruning.select import check_reachable
-from fedspine.randomness import Purpose, generator
 from fedspine.report.curves import draw_curves
 from fedspine.report.observer import Observer, RunPlan, Silent
 from fedspine.report.records import append_record, read_records, truncate_records, write_atomically
@@ -263,8 +261,7 @@ class _Run:
         full = Structure.full(bench.shape)
         bench.resident.mount(full, narrow(bench.start, full, config.fixed_rank, bench.shape))
         optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
-        rng = generator(config.seed, 0, 0, Purpose.BATCHES)
-        batches = list(training_batches(bench.of_device(0), config.batch_size, 1 + TIMED_STEPS, rng, bench.pad_id))
+        batches = list(bench.training_batches(0, 0, 1 + TIMED_STEPS))
         tune(bench.resident, optimizer, batches[:1], _nothing, _nothing, Stopwatch())
         began = time.perf_counter()
         tune(bench.resident, optimizer, batches[1:], _nothing, _nothing, Stopwatch())

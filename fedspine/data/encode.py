@@ -76,12 +76,20 @@ def encode(
 
 
 def training_batches(
-    encoded: Encoded, batch_size: int, iterations: int, rng: np.random.Generator, pad_id: int
+    encoded: Encoded,
+    batch_size: int,
+    iterations: int,
+    rng: np.random.Generator,
+    pad_id: int,
+    turns: np.random.Generator | None = None,
 ) -> Iterator[Batch]:
     """`iterations` batches over fresh permutations, rows of like length together within chunks of batches.
 
-    A short last batch of an epoch is dropped unless it is the only one.
+    A short last batch of an epoch is dropped unless it is the only one. `turns` draws in which order the batches of a
+    chunk come, from short to long (`rng` if there is none): with equal turns, the batches of several devices are of
+    like length in every iteration, and pad little when they are joined.
     """
+    turns = turns or rng
     done = 0
     while True:
         order = rng.permutation(len(encoded))
@@ -90,7 +98,9 @@ def training_batches(
         for start in range(0, len(order), CHUNK_BATCHES * batch_size):
             chunk = order[start : start + CHUNK_BATCHES * batch_size]
             chunk = chunk[np.argsort(encoded.lengths[chunk], kind="stable")]
-            for index in rng.permutation(-(-len(chunk) // batch_size)):
+            batches = -(-len(chunk) // batch_size)
+            places = turns.permutation(CHUNK_BATCHES) * batches // CHUNK_BATCHES  # twice the same in a short chunk
+            for index in dict.fromkeys(places.tolist()):
                 if done == iterations:
                     return
                 done += 1

@@ -170,6 +170,21 @@ def test_training_order_is_drawn_by_the_generator() -> None:
     assert first != other
 
 
+def test_equal_turns_give_batches_of_like_length() -> None:
+    """Of devices with other rows, also as many as fill no chunk: joined, they pad less."""
+
+    def padded(equal: bool) -> int:
+        streams = [
+            training_batches(
+                encoded(rows_of(count)), 4, 40, np.random.default_rng(count), PAD, np.random.default_rng(equal or count)
+            )
+            for count in (70, 83, 96, 160)
+        ]
+        return sum(max(batch.input_ids.shape[1] for batch in joined) for joined in zip(*streams, strict=True))
+
+    assert padded(True) < 0.9 * padded(False)
+
+
 def test_training_pads_less_than_a_plain_permutation() -> None:
     whole = encoded(rows_of(320))
     batches = list(training_batches(whole, 4, 80, np.random.default_rng(0), PAD))
