@@ -68,6 +68,7 @@ class RunConfig:
     sampled: int = _key(10, "devices that take part in a round", min=1)
     rounds: int = _key(16, "rounds", min=1, max=100_000)
     quorum: float = _key(0.5, "share of the sampled devices that must reply for a round to count", min=0.0, max=1.0)
+    sampling: str = _key("uniform", "who takes part in a round: drawn, or devices of like speed", "uniform", "speed")
     partition: str = _key(
         "auto", "who has which rows: auto, iid, dirichlet, shards, or column:NAME (one device per value)"
     )

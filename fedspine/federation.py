@@ -20,9 +20,10 @@ from fedspine.aggregation import RULES
 from fedspine.aggregation.product import average
 from fedspine.aggregation.update import Update
 from fedspine.config import RunConfig
+from fedspine.controller.cohort import Fleet, choose_devices
 from fedspine.controller.policy import Policy, rank_grid
 from fedspine.controller.reward import reward_pulls
-from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio, sample_devices
+from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import Workload
 from fedspine.lora.adapters import narrow
 from fedspine.lora.factors import completed, of_sides, restored, sent_sides, trained_sides
@@ -144,7 +145,8 @@ def run_rounds(
 def plan_round(federation: Federation, state: ServerState, records: Sequence[RoundRecord], round: int) -> RoundPlan:
     """Sample devices and decide what each one does. The same state and records give the same plan."""
     config, shape = federation.config, federation.shape
-    devices = sample_devices(config, round)
+    pulls = [pull for record in records for pull in record.pulls]
+    devices = choose_devices(config, round, federation.workload, lambda: Fleet.of(config.devices, pulls))
     structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
     before = [structure.sparsity(shape) for structure in structures]
     probes = _probe(federation, records, round, devices, structures)
@@ -153,7 +155,6 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     for device, ratio, probe in zip(devices, before, probes, strict=True):
         low, high = allowed_range(config, round, ratio) if state.shared_scores else (ratio, ratio)
         candidates.append(Candidate(device, ratio, low, high, ranks, probe))
-    pulls = [pull for record in records for pull in record.pulls]
     key = (config.seed, round, 0, int(Purpose.POLICY))
     actions = federation.policy.suggest(round, candidates, pulls, key)
     took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)

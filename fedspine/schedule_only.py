@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from fedspine.config import RunConfig, configured
+from fedspine.controller.cohort import choose_devices
 from fedspine.controller.history import History
 from fedspine.controller.policy import make_policy, rank_grid
 from fedspine.controller.reward import cut_share, log_reference, with_rewards
-from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio, sample_devices
+from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import workload_of
 from fedspine.devices.clock import VirtualMeter, device_state, type_indices
 from fedspine.devices.population import load_population
@@ -154,7 +155,9 @@ class _Scheduler:
     def play(self, number: int) -> ScheduledRound:
         """One round, from sampling to reward. Errors: `FederationError` when the quorum is missed."""
         config = self.config
-        devices = sample_devices(config, number)
+        began = time.perf_counter()
+        devices = choose_devices(config, number, self.workload, self.history.fleet)
+        self.planning_seconds += time.perf_counter() - began
         self._meters = {
             device: VirtualMeter(device_state(self.population, config.seed, device, number)) for device in devices
         }
