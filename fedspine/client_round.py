@@ -22,6 +22,7 @@ from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
+from fedspine.logit_adjustment import logit_shift
 from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
 from fedspine.lora.factors import completed, of_sides, trained_sides
 from fedspine.lora.norms import update_norm
@@ -169,7 +170,7 @@ class Local:
         upload = nbytes(upload_arrays) + structure.nbytes + scores_nbytes(scores)
         report = replace(
             self.report,
-            compute_seconds=meter.compute_seconds(flops, config.local_iterations),
+            compute_seconds=meter.compute_seconds(flops, request.action.steps(config.local_iterations)),
             upload_bytes=upload,
             upload_seconds=meter.upload_seconds(upload),
             loss_before=losses[0],
@@ -222,7 +223,8 @@ def batches_of(local: Local, bench: Workbench) -> Iterator[Batch]:
     """The mini-batches of the local round."""
     config, request = bench.config, local.request
     rng = generator(config.seed, request.round, request.device, Purpose.BATCHES)
-    return training_batches(local.data, config.batch_size, config.local_iterations, rng, bench.pad_id)
+    iterations = request.action.steps(config.local_iterations)
+    return training_batches(local.data, config.batch_size, iterations, rng, bench.pad_id)
 
 
 def next_structure(
@@ -278,7 +280,8 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
 
     try:
         observe = scorer.observe if scorer else _nothing
-        tune(resident, optimizer, batches_of(local, bench), observe, before_step, watch)
+        shift = logit_shift(local.data.labels, len(bench.data.classes), config.logit_adjustment)
+        tune(resident, optimizer, batches_of(local, bench), observe, before_step, watch, shift)
         scores = scorer.scores() if scorer else None
     finally:
         if scorer:
@@ -326,7 +329,7 @@ def _bench_for(request: TrainRequest | EvaluateRequest) -> Workbench:
 
 def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelShape) -> float | None:
     """Ratio to reach at the round's cut number `cut` (the server made number 0), or None when there is none."""
-    cuts = config.cuts_per_round
+    cuts = config.cuts_in(request.action.steps(config.local_iterations))
     if cut >= cuts:
         return None
     start = request.structure.sparsity(shape)

@@ -264,10 +264,11 @@ def _request(
     adapters: Callable[[Structure, int], Arrays],
 ) -> TrainRequest:
     config, shape = federation.config, federation.shape
+    cuts = config.cuts_in(action.steps(config.local_iterations))
     scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, participations)
     if scores is not None:
         before = structure.sparsity(shape)
-        first = before + (action.pruning_ratio - before) / config.cuts_per_round
+        first = before + (action.pruning_ratio - before) / cuts
         structure = select(structure, scores, first, shape, config.layer_budget)
     return TrainRequest(
         round=round,
@@ -275,7 +276,7 @@ def _request(
         action=action,
         structure=structure,
         arrays=adapters(structure, action.lora_rank),
-        scores=scores if config.cuts_per_round > 1 else None,
+        scores=scores if cuts > 1 else None,
         settings=config.to_json(),
     )
 
@@ -284,7 +285,8 @@ def _exchange(federation: Federation, plan: RoundPlan) -> list[TrainReply]:
     """Longest local rounds first, so that no worker is left with a long one at the end; replies in device order."""
 
     def flops(request: TrainRequest) -> float:
-        return federation.workload.round_flops(request.structure, request.action.lora_rank)
+        workload, action = federation.workload, request.action
+        return workload.share(action) * workload.round_flops(request.structure, action.lora_rank)
 
     replies = federation.exchange.train(
         sorted(plan.requests, key=flops, reverse=True),
@@ -303,6 +305,7 @@ def _record(
         trained = reply.report.outcome == TRAINED
         after = reply.structure.sparsity(shape) if trained else before
         flops = federation.workload.planned_flops(after, request.action.lora_rank)
+        flops *= federation.workload.share(request.action)
         pulls.append(Pull(plan.round, request.device, request.action, before, after, reply.report, flops, probe))
     past = [pull for record in records for pull in record.pulls]
     rewarded = reward_pulls(config.reward, config.target_sparsity, past, pulls)

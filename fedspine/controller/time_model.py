@@ -65,9 +65,11 @@ def rates_of(candidates: Sequence[Candidate], learned: dict[int, Rates]) -> list
             float(np.quantile([rates.seconds_per_flop for rates in learned.values()], UNSEEN_QUANTILE)),
             float(np.quantile([rates.seconds_per_byte for rates in learned.values()], UNSEEN_QUANTILE)),
         )
-    return [
-        Rates(candidate.probe.seconds_per_flop, candidate.probe.seconds_per_byte)
-        if candidate.probe
-        else learned.get(candidate.device, fleet)
-        for candidate in candidates
-    ]
+    return [own_rates(candidate, learned) or fleet for candidate in candidates]
+
+
+def own_rates(candidate: Candidate, learned: dict[int, Rates]) -> Rates | None:
+    """A fresh probe of this round first, then what was learned of this very device."""
+    if candidate.probe:
+        return Rates(candidate.probe.seconds_per_flop, candidate.probe.seconds_per_byte)
+    return learned.get(candidate.device)
