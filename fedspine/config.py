@@ -80,7 +80,10 @@ class RunConfig:
     # local training
     local_iterations: int = _key(20, "optimiser steps of a device in a round", min=1, max=100_000)
     local_work: str = _key(
-        "equal", "all local_iterations for every device, or down to a quarter where it is slow", "equal", "deadline"
+        "equal",
+        "all local_iterations for every device, or down to a quarter where that saves time",
+        "equal",
+        "deadline",
     )
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)

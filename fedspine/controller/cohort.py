@@ -23,8 +23,9 @@ from fedspine.types import Pull
 
 SLACK = 1
 """Participations beyond the fewest with which a device may still be chosen for its speed."""
-UNLIKE, TIER = 1e3, 1e4
-"""Above every difference of two log times: a device with a prediction beside one without; one more beyond the slack."""
+UNLIKE, TIER, TIE = 1e3, 1e4, 1e-9
+"""Above every difference of two log times: a device with a prediction beside one without; one more participation beyond
+the slack. Below: what draws lots."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,12 @@ def like_speed(
     Those with more than `SLACK` participations beyond the fewest come only after all others, so that over a run no two
     devices ever differ by more than `SLACK` + 1.
     """
-    order = rng.permutation(len(asked))
-    asked, log_seconds = asked[order], log_seconds[order]
-    fewest = asked.min()
-    first = int(np.argmax(asked == fewest))
-    away = np.abs(log_seconds - log_seconds[first])
-    if np.isnan(log_seconds[first]):
-        away = np.where(np.isnan(log_seconds), 0.0, np.nan)
-    distance = np.nan_to_num(away, nan=UNLIKE) + TIER * np.maximum(asked - (fewest + SLACK), 0)
+    fewest = int(asked.min())
+    first = rng.choice(np.flatnonzero(asked == fewest))
+    unknown = np.isnan(log_seconds)
+    away = np.where(unknown, 0.0 if unknown[first] else UNLIKE, UNLIKE)
+    if not unknown[first]:
+        np.copyto(away, np.abs(log_seconds - log_seconds[first]), where=~unknown)
+    distance = away + TIER * np.maximum(asked - (fewest + SLACK), 0) + TIE * rng.random(len(away))
     distance[first] = -1.0
-    return sorted(order[np.argpartition(distance, count - 1)[:count]].tolist())
+    return sorted(np.argpartition(distance, count - 1)[:count].tolist())

@@ -1,9 +1,11 @@
 """Fewer local iterations for slow devices (`local_work = "deadline"`), on top of any policy.
 
-The policy chooses ratio and rank as ever. Then the round gets a deadline, the median of the predicted times with all
-local iterations, and each device as many iterations as fit: all of them on the faster half, on the others down to a
-quarter. Where the slowest device needs longer than the median even for a quarter, its time is the deadline, since the
-others have that time anyway. A device of which nothing is known, neither from its past nor from a probe, does all.
+The policy chooses ratio and rank as ever. Then the round gets a deadline, and each device as many iterations as fit,
+from all of them down to a quarter. As in joint.py, the deadline is the one with the most value per second, where a
+share w of the iterations is worth sqrt(w) to a device (an assumption: later steps bring less). It is no earlier than
+the median of the predicted times with all iterations, so that devices of one speed do everything, nor earlier than what
+the slowest needs for a quarter. Where transfers take the time, fewer iterations buy little, and everybody does all of
+them. So does a device of which nothing is known, neither from its past nor from a probe.
 
 Aggregation weighs a device by its examples, whatever its iterations. Fewer steps have moved its adapters less, so that
 it counts for less already; to scale that up, as FedNova does (arXiv 2007.07481), would scale up the noise of few
@@ -59,7 +61,10 @@ def fitting_iterations(compute: Floats, transfer: Floats, full: int) -> list[int
 
     `compute`: predicted seconds of `full` iterations; `transfer`: of all transfers, which iterations do not change.
     """
-    least = max(1, full // LEAST_SHARE)
-    deadline = max(np.median(compute + transfer), np.max(compute * (least / full) + transfer))
-    fitting = np.floor(full * (deadline - transfer) / compute * (1 + 1e-9))
-    return [int(iterations) for iterations in np.clip(fitting, least, full)]
+    least, times = max(1, full // LEAST_SHARE), compute + transfer
+    earliest = max(np.median(times), np.max(compute * (least / full) + transfer))
+    deadlines = np.unique([earliest, *times[times > earliest]])
+    fitting = np.floor(full * (deadlines[:, None] - transfer) / compute * (1 + 1e-9))
+    fitting = np.clip(fitting, least, full)
+    best = int(np.argmax(np.sqrt(fitting / full).sum(axis=1) / deadlines))
+    return [int(iterations) for iterations in fitting[best]]

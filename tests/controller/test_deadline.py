@@ -39,8 +39,26 @@ def test_the_faster_half_does_everything_and_the_slower_what_fits_into_the_media
 def test_the_slowest_does_a_quarter_and_the_others_use_its_time() -> None:
     assert fitting([10, 10, 20, 80], [1, 1, 2, 4]) == [20, 20, 20, 5]  # 4 + 80 / 4 = 24 s
     assert fitting([10, 10, 30, 80], [1, 1, 2, 4]) == [20, 20, 14, 5]
-    assert fitting([1, 1, 1], [0, 0, 50], full=3) == [3, 3, 1]
     assert fitting([1, 9, 9], [0, 0, 0], full=1) == [1, 1, 1]
+
+
+def test_iterations_are_not_given_up_for_little_time() -> None:
+    """A fourteenth of the slowest one's time is not worth half of its value."""
+    assert fitting([4, 4, 4], [0, 0, 39], full=4) == [4, 4, 4]
+    assert fitting([4, 4, 40], [0, 0, 3], full=4) == [4, 4, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_deadline_has_the_most_value_per_second(seed: int) -> None:
+    """Against all deadlines on a fine grid."""
+    rng = np.random.default_rng(seed)
+    compute, transfer = rng.lognormal(0, 1, 9), rng.lognormal(-1, 1, 9)
+    times = compute + transfer
+    chosen = np.array(fitting_iterations(compute, transfer, 10_000)) / 10_000
+    ours = np.sqrt(chosen).sum() / max(np.max(chosen * compute + transfer), np.median(times))
+    grid = np.linspace(max(np.median(times), np.max(compute / 4 + transfer)), times.max(), 500)
+    shares = np.clip((grid[:, None] - transfer) / compute, 0.25, 1)
+    assert ours == pytest.approx((np.sqrt(shares).sum(1) / grid).max(), rel=0.01)
 
 
 def test_actions_keep_ratio_and_rank_and_unknown_devices_do_everything() -> None:
@@ -91,10 +109,11 @@ def test_fewer_iterations_are_a_shorter_local_round(keys: dict[str, Any], iterat
 
 @pytest.mark.parametrize("policy", ["fixed", "fedspine"])
 def test_rounds_get_shorter(tmp_path: Path, policy: str) -> None:
+    keys = {"policy": policy, "rounds": 40, "population": "jetson-80-compute-bound"}
     equal, deadline = (
-        fedspine.schedule(out=tmp_path / work, local_work=work, policy=policy, rounds=40).summary
-        for work in ("equal", "deadline")
+        fedspine.schedule(out=tmp_path / work, local_work=work, **keys).summary for work in ("equal", "deadline")
     )
-    assert deadline["virtual_seconds"] < 0.9 * equal["virtual_seconds"]
-    assert deadline["mean_waiting_seconds"] < 0.9 * equal["mean_waiting_seconds"]
+    assert deadline["virtual_seconds"] < 0.8 * equal["virtual_seconds"]
+    assert deadline["mean_waiting_seconds"] < 0.8 * equal["mean_waiting_seconds"]
     assert deadline["progress"] < equal["progress"]
+    assert deadline["progress_per_virtual_second"] > equal["progress_per_virtual_second"]
