@@ -109,7 +109,7 @@ def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, ra
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     batches = [
         (tensors(batch, torch.device("cpu")), torch.from_numpy(batch.labels))
-        for batch in bench.training_batches(device, round)
+        for batch in bench.training_batches(device, round, config.local_iterations)
     ]
     began = time.perf_counter()
     for inputs, labels in batches:

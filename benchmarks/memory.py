@@ -208,7 +208,7 @@ def _stock(config: RunConfig, local: Local, bench: Workbench) -> float:
         adapted.train().gradient_checkpointing_enable({"use_reentrant": False})
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    batches = list(bench.training_batches(local.request.device, local.request.round))
+    batches = list(bench.training_batches(local.request.device, local.request.round, config.local_iterations))
     began = time.perf_counter()
     for batch in batches:
         labels = torch.from_numpy(batch.labels).to(device)

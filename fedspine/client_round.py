@@ -22,6 +22,7 @@ from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
+from fedspine.logit_adjustment import logit_shift
 from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
 from fedspine.lora.factors import completed, of_sides, trained_sides
 from fedspine.lora.norms import update_norm
@@ -86,14 +87,12 @@ class Workbench:
         rng = generator(self.config.seed, 0, 0, Purpose.ADAPTERS)
         return start_adapters(self.shape, self.config.max_rank, rng) | self.resident.head_arrays()
 
-    def training_batches(self, device: int, round: int, iterations: int | None = None) -> Iterator[Batch]:
-        """The mini-batches of a device's local round, or its first `iterations`; all devices take the same turns."""
-        config = self.config
-        rng, turns = (
-            generator(config.seed, round, *who) for who in ((device, Purpose.BATCHES), (0, Purpose.BATCH_ORDER))
-        )
-        iterations = config.local_iterations if iterations is None else iterations
-        return training_batches(self.of_device(device), config.batch_size, iterations, rng, self.pad_id, turns)
+    def training_batches(self, device: int, round: int, iterations: int) -> Iterator[Batch]:
+        """The mini-batches of a device's local round; all devices of a round take the same turns."""
+        seed = self.config.seed
+        rng = generator(seed, round, device, Purpose.BATCHES)
+        turns = generator(seed, round, 0, Purpose.BATCH_ORDER)
+        return training_batches(self.of_device(device), self.config.batch_size, iterations, rng, self.pad_id, turns)
 
     def evaluation_batches(self, rows: Encoded, most: int = EVALUATION_BATCH) -> Iterator[Batch]:
         """Every row once, at most `most` together."""
@@ -178,7 +177,7 @@ class Local:
         upload = nbytes(upload_arrays) + structure.nbytes + scores_nbytes(scores)
         report = replace(
             self.report,
-            compute_seconds=meter.compute_seconds(flops, config.local_iterations),
+            compute_seconds=meter.compute_seconds(flops, request.action.steps(config.local_iterations)),
             upload_bytes=upload,
             upload_seconds=meter.upload_seconds(upload),
             loss_before=losses[0],
@@ -280,7 +279,9 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
 
     try:
         observe = scorer.observe if scorer else _nothing
-        tune(resident, optimizer, bench.training_batches(request.device, request.round), observe, before_step, watch)
+        shift = logit_shift(local.data.labels, len(bench.data.classes), config.logit_adjustment)
+        batches = bench.training_batches(request.device, request.round, request.action.steps(config.local_iterations))
+        tune(resident, optimizer, batches, observe, before_step, watch, shift)
         scores = scorer.scores() if scorer else None
     finally:
         if scorer:
@@ -328,7 +329,7 @@ def _bench_for(request: TrainRequest | EvaluateRequest) -> Workbench:
 
 def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelShape) -> float | None:
     """Ratio to reach at the round's cut number `cut` (the server made number 0), or None when there is none."""
-    cuts = config.cuts_per_round
+    cuts = config.cuts_in(request.action.steps(config.local_iterations))
     if cut >= cuts:
         return None
     start = request.structure.sparsity(shape)

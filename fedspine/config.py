@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fedspine.config_rules import check_levers
 from fedspine.errors import ConfigError
 from fedspine.methods import METHODS
 
@@ -67,6 +68,7 @@ class RunConfig:
     devices: int = _key(80, "devices in the federation", min=1, max=1_000_000)
     sampled: int = _key(10, "devices that take part in a round", min=1)
     rounds: int = _key(16, "rounds", min=1, max=100_000)
+    sampling: str = _key("uniform", "who takes part in a round: drawn, or devices of like speed", "uniform", "speed")
     quorum: float = _key(0.5, "share of the sampled devices that must reply for a round to count", min=0.0, max=1.0)
     partition: str = _key(
         "auto", "who has which rows: auto, iid, dirichlet, shards, or column:NAME (one device per value)"
@@ -77,9 +79,18 @@ class RunConfig:
 
     # local training
     local_iterations: int = _key(20, "optimiser steps of a device in a round", min=1, max=100_000)
+    local_work: str = _key(
+        "equal",
+        "all local_iterations for every device, or down to a quarter where that saves time",
+        "equal",
+        "deadline",
+    )
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
+    logit_adjustment: float = _key(
+        0.0, "weight of a device's log class prior in its training logits (label skew); 0: none", min=0.0, max=10.0
+    )
     clip_norm: float = _key(1.0, "gradient norm bound of a device's step", min=1e-6, max=1e6)
     proximal: float = _key(0.0, "pull of a device towards what it received, mu of FedProx; 0: none", min=0.0, max=1e3)
     probe_examples: int = _key(32, "rows of a device's fixed probe batch for loss before and after", min=1, max=4096)
@@ -175,13 +186,18 @@ class RunConfig:
 
     @property
     def uses_probe(self) -> bool:
-        """Only policies that ask for times gain from a probe; the others are not charged for one."""
-        return self.probe != "never" and self.policy in ("fedspine", "time-model", "tertile")
+        """Only choices that ask for times gain from a probe; the others are not charged for one."""
+        asks = self.policy in ("fedspine", "time-model", "tertile") or self.local_work == "deadline"
+        return self.probe != "never" and asks
 
     @property
     def cuts_per_round(self) -> int:
-        """Cuts in a round: before iterations 0, K, 2K, ..., so that at least the last K iterations recover."""
-        return max(1, self.local_iterations // self.prune_interval)
+        """Cuts in a round of `local_iterations`."""
+        return self.cuts_in(self.local_iterations)
+
+    def cuts_in(self, iterations: int) -> int:
+        """Cuts in a local round: before iterations 0, K, 2K, ..., so that at least the last K iterations recover."""
+        return max(1, iterations // self.prune_interval)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -298,6 +314,7 @@ def _check_together(config: RunConfig) -> None:
         )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
+    check_levers(config)
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
 from fedspine.structure import ModelShape, Structure
+from fedspine.types import Action
 
 FLOAT_BYTES = 4
 
@@ -73,6 +74,10 @@ class Workload:
     def round_flops(self, structure: Structure, rank: int) -> float:
         """Training FLOPs of a local round on a cut model."""
         return self.local_iterations * self.iteration_flops(structure.counts(), rank)
+
+    def share(self, action: Action) -> float:
+        """Of the configured local iterations, that a device is given."""
+        return action.steps(self.local_iterations) / self.local_iterations
 
     def planned_flops(self, ratio: Number, rank: Number) -> Number:
         """The same for a pruning ratio that is spread evenly over layers, heads and channels; also of arrays."""

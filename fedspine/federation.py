@@ -20,9 +20,10 @@ from fedspine.aggregation import RULES
 from fedspine.aggregation.product import average
 from fedspine.aggregation.update import Update
 from fedspine.config import RunConfig
+from fedspine.controller.cohort import Fleet, choose_devices
 from fedspine.controller.policy import Policy, rank_grid
 from fedspine.controller.reward import reward_pulls
-from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio, sample_devices
+from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import Workload
 from fedspine.lora.adapters import narrow
 from fedspine.lora.factors import completed, of_sides, restored, sent_sides, trained_sides
@@ -144,7 +145,8 @@ def run_rounds(
 def plan_round(federation: Federation, state: ServerState, records: Sequence[RoundRecord], round: int) -> RoundPlan:
     """Sample devices and decide what each one does. The same state and records give the same plan."""
     config, shape = federation.config, federation.shape
-    devices = sample_devices(config, round)
+    pulls = [pull for record in records for pull in record.pulls]
+    devices = choose_devices(config, round, federation.workload, lambda: Fleet.of(config.devices, pulls))
     structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
     before = [structure.sparsity(shape) for structure in structures]
     probes = _probe(federation, records, round, devices, structures)
@@ -153,7 +155,6 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     for device, ratio, probe in zip(devices, before, probes, strict=True):
         low, high = allowed_range(config, round, ratio) if state.shared_scores else (ratio, ratio)
         candidates.append(Candidate(device, ratio, low, high, ranks, probe))
-    pulls = [pull for record in records for pull in record.pulls]
     key = (config.seed, round, 0, int(Purpose.POLICY))
     actions = federation.policy.suggest(round, candidates, pulls, key)
     took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)
@@ -263,10 +264,11 @@ def _request(
     adapters: Callable[[Structure, int], Arrays],
 ) -> TrainRequest:
     config, shape = federation.config, federation.shape
+    cuts = config.cuts_in(action.steps(config.local_iterations))
     scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, participations)
     if scores is not None:
         before = structure.sparsity(shape)
-        first = before + (action.pruning_ratio - before) / config.cuts_per_round
+        first = before + (action.pruning_ratio - before) / cuts
         structure = select(structure, scores, first, shape, config.layer_budget)
     return TrainRequest(
         round=round,
@@ -274,7 +276,7 @@ def _request(
         action=action,
         structure=structure,
         arrays=adapters(structure, action.lora_rank),
-        scores=scores if config.cuts_per_round > 1 else None,
+        scores=scores if cuts > 1 else None,
         settings=config.to_json(),
     )
 
@@ -283,7 +285,8 @@ def _exchange(federation: Federation, plan: RoundPlan) -> list[TrainReply]:
     """Longest local rounds first, so that no worker is left with a long one at the end; replies in device order."""
 
     def flops(request: TrainRequest) -> float:
-        return federation.workload.round_flops(request.structure, request.action.lora_rank)
+        workload, action = federation.workload, request.action
+        return workload.share(action) * workload.round_flops(request.structure, action.lora_rank)
 
     replies = federation.exchange.train(
         sorted(plan.requests, key=flops, reverse=True),
@@ -302,6 +305,7 @@ def _record(
         trained = reply.report.outcome == TRAINED
         after = reply.structure.sparsity(shape) if trained else before
         flops = federation.workload.planned_flops(after, request.action.lora_rank)
+        flops *= federation.workload.share(request.action)
         pulls.append(Pull(plan.round, request.device, request.action, before, after, reply.report, flops, probe))
     past = [pull for record in records for pull in record.pulls]
     rewarded = reward_pulls(config.reward, config.target_sparsity, past, pulls)

@@ -21,8 +21,9 @@ from fedspine.client_round import (
 from fedspine.config import RunConfig
 from fedspine.data.encode import Batch
 from fedspine.errors import ConfigError
+from fedspine.logit_adjustment import logit_shift
 from fedspine.lora.factors import trained_sides
-from fedspine.lora.group import DeviceGroup
+from fedspine.lora.group import DeviceGroup, unchanged
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import FisherScorer, mask_scores
 from fedspine.stopwatch import Stopwatch
@@ -78,28 +79,40 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
             before = _probe_losses(resident, probes, bench.pad_id)
         parameters = list(resident.parameters.values())
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
-        streams = [bench.training_batches(request.device, request.round) for request in requests]
         flops = np.zeros(len(members))
-        for iteration in range(config.local_iterations):
+        steps = [request.action.steps(config.local_iterations) for request in requests]
+        streams = [
+            bench.training_batches(request.device, request.round, count)
+            for request, count in zip(requests, steps, strict=True)
+        ]
+        classes, strength = len(bench.data.classes), config.logit_adjustment
+        shifts = [logit_shift(member.data.labels, classes, strength) for member in members]
+        drawn: dict[int, Batch] = {}
+        for iteration in range(max(steps)):
+            working = [k for k, count in enumerate(steps) if iteration < count]
+            stopped = [k for k, count in enumerate(steps) if iteration >= count]
             with watch.part("cut"):
                 if scorer is not None:
                     _cut(group, scorer, requests, bench, iteration)
-                for index, structure in enumerate(group.structures):
-                    rank = requests[index].action.lora_rank
-                    flops[index] += bench.workload.iteration_flops(structure.counts(), rank)
+                for k in working:
+                    rank = requests[k].action.lora_rank
+                    flops[k] += bench.workload.iteration_flops(group.structures[k].counts(), rank)
             with watch.part("data"):
-                batch, weights = side_by_side([next(stream) for stream in streams], bench.pad_id)
+                drawn |= {k: next(streams[k]) for k in working}
+                batch, weights = side_by_side([drawn[k] for k in range(len(members))], bench.pad_id)
             with watch.part("forward"):
-                loss = (_losses(resident, batch) * torch.from_numpy(weights).flatten().to(resident.device)).sum()
+                losses = _losses(resident, batch, shifts)
+                loss = (losses * torch.from_numpy(weights).flatten().to(resident.device)).sum()
             with watch.part("backward"):
                 torch.autograd.backward(loss)
-                del loss
+                del loss, losses
             with watch.part("score"):
                 if scorer is not None:
-                    scorer.observe()
+                    scorer.observe(working)
             with watch.part("optimiser"):
                 clip_each(parameters, config.clip_norm)
-                optimizer.step()
+                with unchanged(parameters, stopped):
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         with watch.part("probe batch"):
             after = _probe_losses(resident, probes, bench.pad_id)
@@ -166,9 +179,13 @@ def _scores(group: DeviceGroup, scorer: FisherScorer | None) -> list[Scores | No
     return [mask_scores(*pair) for pair in zip(scorer.by_device(), group.structures, strict=True)]
 
 
-def _losses(resident: ResidentModel, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of every row."""
+def _losses(resident: ResidentModel, batch: Batch, shifts: Sequence[torch.Tensor | None] = (None,)) -> torch.Tensor:
+    """Cross-entropy of every row. `shifts`: what is added to the logits of every device [classes], or None for all."""
     logits = resident.model(**tensors(batch, resident.device)).logits
+    added = [shift for shift in shifts if shift is not None]
+    if added:
+        shift = torch.stack(added).to(resident.device)
+        logits = (logits.unflatten(0, (len(shift), -1)) + shift[:, None]).flatten(0, 1)
     return functional.cross_entropy(logits, torch.from_numpy(batch.labels).to(resident.device), reduction="none")
 
 

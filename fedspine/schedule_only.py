@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from fedspine.config import RunConfig, configured
+from fedspine.controller.cohort import choose_devices
 from fedspine.controller.history import History
 from fedspine.controller.policy import make_policy, rank_grid
 from fedspine.controller.reward import cut_share, log_reference, with_rewards
-from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio, sample_devices
+from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import workload_of
 from fedspine.devices.clock import VirtualMeter, device_state, type_indices
 from fedspine.devices.population import load_population
@@ -154,7 +155,9 @@ class _Scheduler:
     def play(self, number: int) -> ScheduledRound:
         """One round, from sampling to reward. Errors: `FederationError` when the quorum is missed."""
         config = self.config
-        devices = sample_devices(config, number)
+        began = time.perf_counter()
+        devices = choose_devices(config, number, self.workload, self.history.fleet)
+        self.planning_seconds += time.perf_counter() - began
         self._meters = {
             device: VirtualMeter(device_state(self.population, config.seed, device, number)) for device in devices
         }
@@ -191,13 +194,14 @@ class _Scheduler:
     def _pull(self, number: int, device: int, action: Action, before: float, probe: Probe | None) -> Pull:
         report = self._report(number, device, action, before)
         after = action.pruning_ratio if report.outcome == TRAINED else before
-        flops = self.workload.planned_flops(after, action.lora_rank)
+        flops = self.workload.planned_flops(after, action.lora_rank) * self.workload.share(action)
         return Pull(number, device, action, before, after, report, flops, probe)
 
     def _report(self, number: int, device: int, action: Action, before: float) -> Report:
         """Times and bytes of a local round: the cuts before iterations 0, K, 2K, ... share what is to be cut."""
         config, workload, meter = self.config, self.workload, self._meters[device]
-        cuts, rank = config.cuts_per_round, action.lora_rank
+        iterations, rank = action.steps(config.local_iterations), action.lora_rank
+        cuts = config.cuts_in(iterations)
         ratios = np.linspace(before + (action.pruning_ratio - before) / cuts, action.pruning_ratio, cuts)
         first = float(ratios[0])
         scores = workload.score_bytes if cuts > 1 and number > 1 else 0
@@ -208,13 +212,13 @@ class _Scheduler:
             message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
             return Report(OUT_OF_MEMORY, download_bytes=download, download_seconds=received, message=message)
         starts = [cut * config.prune_interval for cut in range(cuts)]
-        shares = np.diff([*starts, config.local_iterations]) / config.local_iterations
+        shares = np.diff([*starts, iterations]) / config.local_iterations
         flops = float(shares @ workload.planned_flops(ratios, np.full(cuts, float(rank))))
         upload = int(workload.upload_bytes(action.pruning_ratio, rank)) + workload.structure_bytes
         upload += workload.score_bytes
         return Report(
             TRAINED,
-            compute_seconds=meter.compute_seconds(flops, config.local_iterations),
+            compute_seconds=meter.compute_seconds(flops, iterations),
             download_seconds=received,
             upload_seconds=meter.upload_seconds(upload),
             download_bytes=download,
@@ -227,7 +231,10 @@ class _Scheduler:
         return self._report(round, device, Action(ratio, rank), before).seconds
 
     def _qualities(self, number: int, pulls: list[Pull]) -> list[float]:
-        """Drawn from the surface: the same noise for the same seed, round and place in it, whatever was chosen."""
+        """Drawn from the surface: the same noise for the same seed, round and place in it, whatever was chosen.
+
+        The surface knows full local rounds. A shorter one is worth its share of the iterations: the least it can be.
+        """
         target = self.config.target_sparsity
         expected = self.surface.quality(
             [pull.action.lora_rank for pull in pulls],
@@ -236,7 +243,8 @@ class _Scheduler:
             number / self.config.rounds,
         )
         noise = generator(self.config.seed, number, 0, Purpose.SURFACE).standard_normal(len(pulls))
-        return [float(quality) for quality in expected + self.surface.sigma * noise]
+        shares = np.array([self.workload.share(pull.action) for pull in pulls])
+        return [float(quality) for quality in shares * (expected + self.surface.sigma * noise)]
 
     def _line(self, number: int, pulls: list[Pull]) -> ScheduledRound:
         times = [pull.report.seconds + (pull.probe.seconds if pull.probe else 0.0) for pull in pulls]

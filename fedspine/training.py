@@ -39,9 +39,11 @@ def predictions(resident: ResidentModel, batch: Batch) -> tuple[torch.Tensor, to
     return logits.flatten(0, 1).float(), following[:, columns].flatten()
 
 
-def batch_loss(resident: ResidentModel, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of a batch over its rows, or its learned tokens; differentiable."""
-    return functional.cross_entropy(*predictions(resident, batch), ignore_index=IGNORED)
+def batch_loss(resident: ResidentModel, batch: Batch, shift: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean cross-entropy of a batch over its rows, or its learned tokens; differentiable. `shift`: added to logits."""
+    logits, labels = predictions(resident, batch)
+    logits = logits if shift is None else logits + shift.to(logits.device)
+    return functional.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
 def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, float, float]:
@@ -129,8 +131,11 @@ def tune(
     observe: Callable[[], None],
     before_step: Callable[[int], None],
     watch: Stopwatch,
+    shift: torch.Tensor | None = None,
 ) -> None:
     """One optimiser step per batch. `before_step(i)` runs first (cuts); `observe` between backward and step.
+
+    `shift` is added to the logits [classes].
 
     Importance that is taken from hooks counts as `backward`.
     """
@@ -138,7 +143,7 @@ def tune(
         with watch.part("cut"):
             before_step(iteration)
         with watch.part("forward"):
-            loss = batch_loss(resident, batch)
+            loss = batch_loss(resident, batch, shift)
         with watch.part("backward"):
             torch.autograd.backward(loss)
             del loss  # its graph: not beside that of the next step

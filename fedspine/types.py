@@ -34,6 +34,12 @@ class Action:
     pruning_ratio: float
     """Share of prunable parameters to have cut by the end of the round, 0..1 (a sparsity to reach, not a step)."""
     lora_rank: int
+    iterations: int = 0
+    """Local iterations; 0: as many as the configuration says."""
+
+    def steps(self, configured: int) -> int:
+        """Local iterations, where `configured` is what the configuration says."""
+        return self.iterations or configured
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**KEYS, **folders, "devices": 30, "min_classes": 1, "max_rank": 6, "fixed_rank": 4}
 
 
-def requests(config: RunConfig, structures: list[Structure], ranks: list[int]) -> list[TrainRequest]:
+def requests(
+    config: RunConfig, structures: list[Structure], ranks: list[int], steps: tuple[int, ...] = ()
+) -> list[TrainRequest]:
     """Devices with 3 rows each, on adapters and scores drawn at random."""
     bench = workbench(config.to_json())
     arrays = random_arrays(bench.resident, max(ranks))
@@ -36,7 +39,7 @@ def requests(config: RunConfig, structures: list[Structure], ranks: list[int]) -
         TrainRequest(
             round=2,
             device=device,
-            action=Action(0.4, rank),
+            action=Action(0.4, rank, steps[device] if steps else 0),
             structure=structure,
             arrays=narrow(arrays, structure, rank, bench.shape),
             scores=random_scores(bench.shape),
@@ -78,6 +81,31 @@ def test_every_device_gets_what_it_gets_alone(keys: dict[str, Any], tmp_path: Pa
     assert alone[0].structure != full
     for ours, theirs in zip(train_group(sent), alone, strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("masks", "steps"), [("shared", (4, 2, 1, 3)), ("own", (1, 3, 0, 2)), ("shared", (2, 2, 1, 1))]
+)
+def test_who_does_fewer_iterations_stops(keys: dict[str, Any], masks: str, steps: tuple[int, ...]) -> None:
+    """Its adapters, moments, structure, scores and FLOPs stay as they are while the others go on."""
+    config = RunConfig.from_values({**keys, "masks": masks, "prune_interval": 1, "learning_rate": 1e-3})
+    shape = workbench(config.to_json()).shape
+    full = Structure.full(shape)
+    sent = requests(config, [full, uneven_structure(shape), full, full], [6, 4, 5, 4], steps)
+    for ours, theirs in zip(train_group(sent), map(train, sent), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_logit_adjustment(keys: dict[str, Any]) -> None:
+    """Every device has a prior of its own; the probe losses are taken without it."""
+    config = RunConfig.from_values({**keys, "logit_adjustment": 1.5, "learning_rate": 1e-3})
+    full = Structure.full(workbench(config.to_json()).shape)
+    sent = requests(config, [full] * 3, [4, 4, 4])
+    plain = [train(replace(request, settings=RunConfig.from_values(keys).to_json())) for request in sent]
+    for ours, theirs, without in zip(train_group(sent), map(train, sent), plain, strict=True):
+        assert_close(ours, theirs)
+        assert theirs.report.loss_before == without.report.loss_before
+        assert theirs.report.loss_after != without.report.loss_after
 
 
 def test_unpruned(keys: dict[str, Any]) -> None:

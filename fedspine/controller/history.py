@@ -14,17 +14,22 @@ costs the same in every round. Against the whole past, per policy:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.controller.cohort import Fleet
+from fedspine.controller.time_model import log_rates
 from fedspine.types import OUT_OF_MEMORY, TRAINED, Action, Pull, Report
 
 WINDOW = 2_000
 OWN = 200
 
+_SO_FAR = np.dtype([("asked", np.int32), ("log_rates", np.float64, 2)])
+"""What a device's pulls up to a row tell: how many, and its rates (time_model.py)."""
 _ROW = np.dtype(
     [
         ("previous", np.int32),  # row of the device's pull before, -1 for none
@@ -44,6 +49,7 @@ class History:
 
     def __init__(self, devices: int, pulls: int) -> None:
         self._rows = np.zeros(pulls, dtype=_ROW)
+        self._so_far = np.zeros(pulls, dtype=_SO_FAR)
         self._last = np.full(devices, -1, dtype=np.int32)
         self._count = 0
 
@@ -71,8 +77,28 @@ class History:
         rows = slice(self._count, self._count + len(pulls))
         previous = self._last[devices].tolist()
         self._rows[rows] = [_to_row(pull, before) for pull, before in zip(pulls, previous, strict=True)]
+        self._so_far[rows] = [self._after(pull, before) for pull, before in zip(pulls, previous, strict=True)]
         self._last[devices] = np.arange(rows.start, rows.stop)
         self._count = rows.stop
+
+    def fleet(self) -> Fleet:
+        """What all pulls tell of every device: the same as `Fleet.of`."""
+        known = np.flatnonzero(self._last >= 0)
+        last = self._last[known]
+        devices = len(self._last)
+        fleet = Fleet(np.zeros(devices, np.int32), np.zeros(devices), np.full((devices, 2), np.nan))
+        fleet.asked[known] = self._so_far["asked"][last]
+        fleet.sparsity[known] = self._rows["after"][last]
+        fleet.log_rates[known] = self._so_far["log_rates"][last]
+        return fleet
+
+    def _after(self, pull: Pull, previous: int) -> tuple[int, tuple[float, float]]:
+        """A device's `_SO_FAR` with one more pull; `previous`: the row of the one before."""
+        if previous < 0:
+            return 1, log_rates(None, pull) or (math.nan, math.nan)
+        flop, byte = self._so_far["log_rates"][previous].tolist()
+        past = None if math.isnan(flop) else (flop, byte)
+        return int(self._so_far["asked"][previous]) + 1, log_rates(past, pull) or (math.nan, math.nan)
 
     def pulls(self, devices: Sequence[int]) -> list[Pull]:
         """What a policy needs to decide about `devices`, oldest first, without probes and messages."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from fedspine.config import RunConfig
@@ -87,6 +88,7 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
 
     Errors: `ConfigError` when the clairvoyant policy is asked for without a simulator's oracle.
     """
+    from fedspine.controller.deadline import DeadlinePolicy
     from fedspine.controller.e_ucb import EUcbPolicy
     from fedspine.controller.joint import Clairvoyant, FedSpinePolicy, TimeModelPolicy
     from fedspine.controller.s_ucb import SUcbPolicy
@@ -95,10 +97,6 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
 
     safe = config.fixed_rank
     ranks = rank_grid(config.min_rank, config.max_rank)
-    if config.policy == "clairvoyant":
-        if oracle is None:
-            raise ConfigError("policy = 'clairvoyant': it knows the true times, so it runs in simulations only")
-        return _Feasible(Clairvoyant(oracle))
     policies: dict[str, Callable[[], Policy]] = {
         "fedspine": lambda: FedSpinePolicy(workload, safe, ranks),
         "time-model": lambda: TimeModelPolicy(workload, safe),
@@ -108,4 +106,9 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
         "fixed": lambda: FixedPolicy(safe),
         "random": RandomPolicy,
     }
-    return _Feasible(policies[config.policy]())
+    if oracle is not None:
+        policies["clairvoyant"] = partial(Clairvoyant, oracle)
+    elif config.policy == "clairvoyant":
+        raise ConfigError("policy = 'clairvoyant': it knows the true times, so it runs in simulations only")
+    policy = _Feasible(policies[config.policy]())
+    return DeadlinePolicy(policy, workload) if config.local_work == "deadline" else policy

@@ -8,7 +8,8 @@ and cuts stay as they are, and every device gets what it would get alone, up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -104,6 +105,16 @@ class DeviceGroup:
             return output.flatten(0, 1)
 
         return before
+
+
+@contextmanager
+def unchanged(parameters: Sequence[nn.Parameter], devices: Sequence[int]) -> Iterator[None]:
+    """Whatever is done to stacked parameters meanwhile, those of these devices are as before in the end."""
+    before = [parameter.detach()[devices] for parameter in parameters] if devices else []
+    yield
+    with torch.no_grad():
+        for parameter, values in zip(parameters, before, strict=bool(devices)):
+            parameter[devices] = values
 
 
 def _union(structures: Sequence[Structure]) -> Structure:

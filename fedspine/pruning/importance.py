@@ -6,7 +6,7 @@ add one, write a class with `observe` and `scores` and name it in `SCORERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,8 +105,11 @@ class FisherScorer(_Smoothed):
 
         return before
 
-    def observe(self) -> None:
+    def observe(self, devices: Collection[int] | None = None) -> None:
+        """`devices`: those of the batch that are still at work; by default all."""
         for device, smoothed in enumerate([self, *self._others]):
+            if devices is not None and device not in devices:
+                continue
             smoothed.add(
                 [
                     (self._seen[layer, "heads"][device], self._seen[layer, "channels"][device])

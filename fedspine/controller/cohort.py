@@ -1,0 +1,88 @@
+"""Who takes part in a round: a uniform draw, or devices of like speed (`sampling = "speed"`).
+
+A synchronous round lasts as long as its slowest device, so the others wait least where all are about equally fast, as
+in the tiers of TiFL (arXiv 2001.09249). Here there are no tiers and no profiling beforehand: a device that has taken
+part least often is drawn, and joined by those whose predicted time is nearest to its own. The prediction is the time
+model's, from past pulls; devices without one keep to themselves, so that with none known the draw is uniform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedspine.config import RunConfig
+from fedspine.controller.schedule import floor_ratio, sample_devices
+from fedspine.controller.time_model import learn_rates
+from fedspine.cost import Workload
+from fedspine.randomness import Purpose, generator
+from fedspine.types import Pull
+
+SLACK = 1
+"""Participations beyond the fewest with which a device may still be chosen for its speed."""
+UNLIKE, TIER, TIE = 1e3, 1e4, 1e-9
+"""Above every difference of two log times: a device with a prediction beside one without; one more participation beyond
+the slack. Below: what draws lots."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What past pulls tell of every device, as arrays."""
+
+    asked: NDArray[np.int32]
+    """Rounds that it was asked to take part in [devices]."""
+    sparsity: NDArray[np.float64]
+    """What it has cut [devices]."""
+    log_rates: NDArray[np.float64]
+    """Of seconds per FLOP and per byte [devices, 2]; NaN where it has not trained yet."""
+
+    @classmethod
+    def of(cls, devices: int, pulls: Sequence[Pull]) -> Fleet:
+        """From all pulls of a run with so many devices."""
+        sparsity, log_rates = np.zeros(devices), np.full((devices, 2), np.nan)
+        for pull in pulls:
+            sparsity[pull.device] = pull.ratio_after
+        for device, rates in learn_rates(pulls).items():
+            log_rates[device] = np.log([rates.seconds_per_flop, rates.seconds_per_byte])
+        asked = np.bincount([pull.device for pull in pulls], minlength=devices).astype(np.int32)
+        return cls(asked, sparsity, log_rates)
+
+    def log_seconds(self, floor: float, rank: int, workload: Workload) -> NDArray[np.float64]:
+        """Predicted time of a round at this rank, with no more cut than a sparsity floor demands [devices]."""
+        ratios, rates = np.maximum(self.sparsity, floor), np.exp(self.log_rates)
+        ranks = np.full(len(ratios), float(rank))
+        flops, moved = workload.planned_flops(ratios, ranks), workload.planned_bytes(ratios, ranks)
+        seconds: NDArray[np.float64] = np.log(rates[:, 0] * flops + rates[:, 1] * moved)
+        return seconds
+
+
+def choose_devices(config: RunConfig, round: int, workload: Workload, fleet: Callable[[], Fleet]) -> list[int]:
+    """The round's devices, without replacement, in ascending order. `fleet` is asked only where it matters."""
+    if config.sampling == "uniform":
+        return sample_devices(config, round)
+    known = fleet()
+    log_seconds = known.log_seconds(floor_ratio(config, round), config.fixed_rank, workload)
+    rng = generator(config.seed, round, 0, Purpose.SAMPLE_DEVICES)
+    return like_speed(known.asked, log_seconds, config.sampled, rng)
+
+
+def like_speed(
+    asked: NDArray[np.int32], log_seconds: NDArray[np.float64], count: int, rng: np.random.Generator
+) -> list[int]:
+    """`count` devices around a drawn one of the fewest participations; ties are drawn too.
+
+    Those with more than `SLACK` participations beyond the fewest come only after all others, so that over a run no two
+    devices ever differ by more than `SLACK` + 1.
+    """
+    fewest = int(asked.min())
+    first = rng.choice(np.flatnonzero(asked == fewest))
+    unknown = np.isnan(log_seconds)
+    away = np.where(unknown, 0.0 if unknown[first] else UNLIKE, UNLIKE)
+    if not unknown[first]:
+        np.copyto(away, np.abs(log_seconds - log_seconds[first]), where=~unknown)
+    distance = away + TIER * np.maximum(asked - (fewest + SLACK), 0) + TIE * rng.random(len(away))
+    distance[first] = -1.0
+    return sorted(np.argpartition(distance, count - 1)[:count].tolist())

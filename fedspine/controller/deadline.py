@@ -1,0 +1,70 @@
+"""Fewer local iterations for slow devices (`local_work = "deadline"`), on top of any policy.
+
+The policy chooses ratio and rank as ever. Then the round gets a deadline, and each device as many iterations as fit,
+from all of them down to a quarter. As in joint.py, the deadline is the one with the most value per second, where a
+share w of the iterations is worth sqrt(w) to a device (an assumption: later steps bring less). It is no earlier than
+the median of the predicted times with all iterations, so that devices of one speed do everything, nor earlier than what
+the slowest needs for a quarter. Where transfers take the time, fewer iterations buy little, and everybody does all of
+them. So does a device of which nothing is known, neither from its past nor from a probe.
+
+Aggregation weighs a device by its examples, whatever its iterations. Fewer steps have moved its adapters less, so that
+it counts for less already; to scale that up, as FedNova does (arXiv 2007.07481), would scale up the noise of few
+batches, and to count it for less still would cost the slow devices their say twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedspine.controller.policy import Policy
+from fedspine.controller.time_model import learn_rates, own_rates
+from fedspine.cost import Workload
+from fedspine.types import Action, Candidate, Pull
+
+LEAST_SHARE = 4
+"""No device does less than a quarter of the iterations."""
+
+Floats = NDArray[np.float64]
+
+
+class DeadlinePolicy:
+    """Any policy's actions, with the iterations that fit."""
+
+    def __init__(self, policy: Policy, workload: Workload) -> None:
+        self._policy = policy
+        self._workload = workload
+
+    def suggest(
+        self, round: int, candidates: Sequence[Candidate], pulls: Sequence[Pull], key: tuple[int, ...]
+    ) -> tuple[Action, ...]:
+        actions = list(self._policy.suggest(round, candidates, pulls, key))
+        learned = learn_rates(pulls)
+        rates = [own_rates(candidate, learned) for candidate in candidates]
+        known = [(place, rate) for place, rate in enumerate(rates) if rate is not None]
+        if known:
+            ratios = np.array([actions[place].pruning_ratio for place, _ in known])
+            ranks = np.array([float(actions[place].lora_rank) for place, _ in known])
+            compute = self._workload.planned_flops(ratios, ranks) * [rate.seconds_per_flop for _, rate in known]
+            transfer = self._workload.planned_bytes(ratios, ranks) * [rate.seconds_per_byte for _, rate in known]
+            fitting = fitting_iterations(compute, transfer, self._workload.local_iterations)
+            for (place, _), iterations in zip(known, fitting, strict=True):
+                actions[place] = replace(actions[place], iterations=iterations)
+        return tuple(actions)
+
+
+def fitting_iterations(compute: Floats, transfer: Floats, full: int) -> list[int]:
+    """Local iterations per device [devices] under the common deadline.
+
+    `compute`: predicted seconds of `full` iterations; `transfer`: of all transfers, which iterations do not change.
+    """
+    least, times = max(1, full // LEAST_SHARE), compute + transfer
+    earliest = max(np.median(times), np.max(compute * (least / full) + transfer))
+    deadlines = np.unique([earliest, *times[times > earliest]])
+    fitting = np.floor(full * (deadlines[:, None] - transfer) / compute * (1 + 1e-9))
+    fitting = np.clip(fitting, least, full)
+    best = int(np.argmax(np.sqrt(fitting / full).sum(axis=1) / deadlines))
+    return [int(iterations) for iterations in fitting[best]]
