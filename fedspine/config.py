@@ -160,10 +160,12 @@ class RunConfig:
     )
     probe: str = _key(
         "first",
-        "time an iteration and a small transfer before a configuration is fixed: in a device's first round, or in all",
+        "time an iteration and a small transfer before a configuration is fixed: in a device's first round, in every "
+        "round, or on all devices at once before the first round (roll-call)",
         "never",
         "first",
         "always",
+        "roll-call",
     )
 
     # measuring
@@ -187,8 +189,16 @@ class RunConfig:
     @property
     def uses_probe(self) -> bool:
         """Only choices that ask for times gain from a probe; the others are not charged for one."""
-        asks = self.policy in ("fedspine", "time-model", "tertile") or self.local_work == "deadline"
-        return self.probe != "never" and asks
+        return self.probe in ("first", "always") and self._asks_for_times
+
+    @property
+    def uses_roll_call(self) -> bool:
+        """The same of a probe of all devices, which sampling can use as well."""
+        return self.probe == "roll-call" and (self._asks_for_times or self.sampling == "speed")
+
+    @property
+    def _asks_for_times(self) -> bool:
+        return self.policy in ("fedspine", "time-model", "tertile") or self.local_work == "deadline"
 
     @property
     def cuts_per_round(self) -> int:

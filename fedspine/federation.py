@@ -11,7 +11,7 @@ Nothing here knows torch, Flower or the simulator: the exchange, the policy and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Protocol
@@ -113,6 +113,8 @@ class RoundPlan:
     requests: tuple[TrainRequest, ...]
     ratios_before: tuple[float, ...]
     probes: tuple[Probe | None, ...]
+    roll_call: Mapping[int, Probe]
+    """By device, before the first round."""
 
 
 def run_rounds(
@@ -146,18 +148,22 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     """Sample devices and decide what each one does. The same state and records give the same plan."""
     config, shape = federation.config, federation.shape
     pulls = [pull for record in records for pull in record.pulls]
-    devices = choose_devices(config, round, federation.workload, lambda: Fleet.of(config.devices, pulls))
+    called = records[0].roll_call if records else _roll_call(federation)
+    devices = choose_devices(
+        config, round, federation.workload, lambda: Fleet.of(config.devices, pulls).with_roll_call(called)
+    )
     structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
     before = [structure.sparsity(shape) for structure in structures]
     probes = _probe(federation, records, round, devices, structures)
     ranks = rank_grid(config.min_rank, config.max_rank)
+    took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)
     candidates = []
     for device, ratio, probe in zip(devices, before, probes, strict=True):
         low, high = allowed_range(config, round, ratio) if state.shared_scores else (ratio, ratio)
-        candidates.append(Candidate(device, ratio, low, high, ranks, probe))
+        known = probe if took_part[device] else probe or called.get(device)
+        candidates.append(Candidate(device, ratio, low, high, ranks, known))
     key = (config.seed, round, 0, int(Purpose.POLICY))
     actions = federation.policy.suggest(round, candidates, pulls, key)
-    took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)
     sent = sent_sides(config.trained_factors)
 
     @cache  # one for equal devices
@@ -168,7 +174,9 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
         _request(federation, state, round, device, action, structure, took_part[device], adapters)
         for device, action, structure in zip(devices, actions, structures, strict=True)
     )
-    return RoundPlan(round, floor_ratio(config, round), requests, tuple(before), tuple(probes))
+    return RoundPlan(
+        round, floor_ratio(config, round), requests, tuple(before), tuple(probes), {} if records else called
+    )
 
 
 def finish_round(
@@ -253,6 +261,17 @@ def _probe(
     return [done.get(device) for device in devices]
 
 
+def _roll_call(federation: Federation) -> dict[int, Probe]:
+    """A measurement of all devices, where the configuration asks for it."""
+    config = federation.config
+    if not config.uses_roll_call:
+        return {}
+    full, settings = Structure.full(federation.shape), config.to_json()
+    devices = range(config.devices)
+    requests = [ProbeRequest(1, device, full, config.fixed_rank, settings) for device in devices]
+    return dict(zip(devices, federation.exchange.probe(requests), strict=True))
+
+
 def _request(
     federation: Federation,
     state: ServerState,
@@ -311,13 +330,17 @@ def _record(
     rewarded = reward_pulls(config.reward, config.target_sparsity, past, pulls)
     times = [pull.report.seconds + (pull.probe.seconds if pull.probe else 0.0) for pull in pulls]
     slowest = max(times)
+    called = plan.roll_call.values()
+    seconds = slowest + max((probe.seconds for probe in called), default=0.0)
     return RoundRecord(
         round=plan.round,
         floor_ratio=plan.floor,
         pulls=tuple(rewarded),
-        round_seconds=slowest,
-        clock_seconds=(records[-1].clock_seconds if records else 0.0) + slowest,
+        round_seconds=seconds,
+        clock_seconds=(records[-1].clock_seconds if records else 0.0) + seconds,
         waiting_seconds=sum(slowest - seconds for seconds in times) / len(times),
         uploaded_bytes=sum(pull.report.upload_bytes for pull in pulls),
-        downloaded_bytes=sum(pull.report.download_bytes + (pull.probe.bytes if pull.probe else 0) for pull in pulls),
+        downloaded_bytes=sum(pull.report.download_bytes + (pull.probe.bytes if pull.probe else 0) for pull in pulls)
+        + sum(probe.bytes for probe in called),
+        roll_call=plan.roll_call,
     )

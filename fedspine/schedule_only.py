@@ -148,6 +148,7 @@ class _Scheduler:
         self.planning_seconds = 0.0
         self._meters: dict[int, VirtualMeter] = {}
         """Of the devices of the round that is played."""
+        self._called: dict[int, Probe] = {}
         self._log_reference: float | None = None
         self._clock_seconds = 0.0
         self._progress = 0.0
@@ -156,7 +157,9 @@ class _Scheduler:
         """One round, from sampling to reward. Errors: `FederationError` when the quorum is missed."""
         config = self.config
         began = time.perf_counter()
-        devices = choose_devices(config, number, self.workload, self.history.fleet)
+        called = self._roll_call() if number == 1 else 0.0
+        fleet = self.history.fleet
+        devices = choose_devices(config, number, self.workload, lambda: fleet().with_roll_call(self._called))
         self.planning_seconds += time.perf_counter() - began
         self._meters = {
             device: VirtualMeter(device_state(self.population, config.seed, device, number)) for device in devices
@@ -164,9 +167,13 @@ class _Scheduler:
         before = self.history.sparsities(devices)
         probes = self._probe(devices, before)
         began = time.perf_counter()
+        known = [
+            probe if seen else probe or self._called.get(device)
+            for device, probe, seen in zip(devices, probes, self.history.seen(devices), strict=True)
+        ]
         candidates = [
             Candidate(device, ratio, *allowed_range(config, number, ratio), self.ranks, probe)
-            for device, ratio, probe in zip(devices, before, probes, strict=True)
+            for device, ratio, probe in zip(devices, before, known, strict=True)
         ]
         past = self.history.pulls(devices)
         actions = self.policy.suggest(number, candidates, past, (config.seed, number, 0, int(Purpose.POLICY)))
@@ -177,7 +184,20 @@ class _Scheduler:
         reference = math.exp(self._log_reference) if self._log_reference is not None else 0.0
         pulls = list(with_rewards(config.reward, pulls, self._qualities(number, pulls), reference))
         self.history.add(pulls)
+        self._clock_seconds += called
         return self._line(number, pulls)
+
+    def _roll_call(self) -> float:
+        """Measure all devices, where the configuration asks for it; the seconds of the slowest."""
+        config = self.config
+        if not config.uses_roll_call:
+            return 0.0
+        flops = float(self.workload.planned_flops(0.0, float(config.fixed_rank))) / config.local_iterations
+        self._called = {
+            device: VirtualMeter(device_state(self.population, config.seed, device, 1)).probe(flops)
+            for device in range(config.devices)
+        }
+        return max(probe.seconds for probe in self._called.values())
 
     def _probe(self, devices: list[int], ratios: list[float]) -> list[Probe | None]:
         """A measurement of every device that has to be probed, None for the others."""

@@ -130,7 +130,7 @@ class RoundRecord:
     floor_ratio: float
     pulls: tuple[Pull, ...]
     round_seconds: float
-    """Time of the slowest device of the round, on the run's clock."""
+    """Time of the slowest device of the round, on the run's clock; of the first one, after a roll call if any."""
     clock_seconds: float
     """Sum of the round times so far."""
     waiting_seconds: float
@@ -144,6 +144,8 @@ class RoundRecord:
     loss: float | None = None
     predicted_share: float | None = None
     """Share of the evaluation set that went to the most predicted class."""
+    roll_call: Mapping[int, Probe] = field(default_factory=dict)
+    """By device: what was measured before the first round. It is part of that round's time and bytes."""
     wall: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -313,6 +313,13 @@ def test_only_policies_that_predict_times_probe(values: dict[str, Any], expected
     assert RunConfig.from_values(values).uses_probe is expected
 
 
+def test_a_roll_call_is_for_what_asks_for_times() -> None:
+    assert RunConfig(probe="roll-call").uses_roll_call
+    assert not RunConfig(probe="roll-call").uses_probe
+    assert RunConfig(probe="roll-call", policy="fixed", sampling="speed").uses_roll_call
+    assert not RunConfig(probe="roll-call", policy="fixed").uses_roll_call
+
+
 def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "absent.toml"
     with pytest.raises(ConfigError) as caught:

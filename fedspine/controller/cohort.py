@@ -3,13 +3,14 @@
 A synchronous round lasts as long as its slowest device, so the others wait least where all are about equally fast, as
 in the tiers of TiFL (arXiv 2001.09249). Here there are no tiers and no profiling beforehand: a device that has taken
 part least often is drawn, and joined by those whose predicted time is nearest to its own. The prediction is the time
-model's, from past pulls; devices without one keep to themselves, so that with none known the draw is uniform.
+model's, from past pulls or a roll call; devices without one keep to themselves, so that with none known the draw is
+uniform.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from fedspine.controller.schedule import floor_ratio, sample_devices
 from fedspine.controller.time_model import learn_rates
 from fedspine.cost import Workload
 from fedspine.randomness import Purpose, generator
-from fedspine.types import Pull
+from fedspine.types import Probe, Pull
 
 SLACK = 1
 """Participations beyond the fewest with which a device may still be chosen for its speed."""
@@ -37,7 +38,7 @@ class Fleet:
     sparsity: NDArray[np.float64]
     """What it has cut [devices]."""
     log_rates: NDArray[np.float64]
-    """Of seconds per FLOP and per byte [devices, 2]; NaN where it has not trained yet."""
+    """Of seconds per FLOP and per byte [devices, 2]; NaN where nothing was measured yet."""
 
     @classmethod
     def of(cls, devices: int, pulls: Sequence[Pull]) -> Fleet:
@@ -49,6 +50,15 @@ class Fleet:
             log_rates[device] = np.log([rates.seconds_per_flop, rates.seconds_per_byte])
         asked = np.bincount([pull.device for pull in pulls], minlength=devices).astype(np.int32)
         return cls(asked, sparsity, log_rates)
+
+    def with_roll_call(self, probes: Mapping[int, Probe]) -> Fleet:
+        """Rates of a probe for the devices that have not trained yet."""
+        if not probes:
+            return self
+        called = np.full_like(self.log_rates, np.nan)
+        rates = [(probe.seconds_per_flop, probe.seconds_per_byte) for probe in probes.values()]
+        called[list(probes)] = np.log(rates)
+        return replace(self, log_rates=np.where(np.isnan(self.log_rates), called, self.log_rates))
 
     def log_seconds(self, floor: float, rank: int, workload: Workload) -> NDArray[np.float64]:
         """Predicted time of a round at this rank, with no more cut than a sparsity floor demands [devices]."""

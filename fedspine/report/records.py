@@ -21,6 +21,7 @@ def record_from_line(line: str) -> RoundRecord:
     """The inverse of `record_to_line`."""
     values = json.loads(line)
     values["pulls"] = tuple(_pull(pull) for pull in values["pulls"])
+    values["roll_call"] = {int(device): Probe(**probe) for device, probe in values.get("roll_call", {}).items()}
     return RoundRecord(**values)
 
 

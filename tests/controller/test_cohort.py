@@ -16,7 +16,7 @@ from fedspine.controller.schedule import sample_devices
 from fedspine.cost import workload_of
 from fedspine.randomness import Purpose, generator
 from fedspine.schedule_only import minilm_shape
-from fedspine.types import OUT_OF_MEMORY, TRAINED, Action, Pull, Report
+from fedspine.types import OUT_OF_MEMORY, TRAINED, Action, Probe, Pull, Report
 
 CONFIG = RunConfig(sampling="speed")
 WORKLOAD = workload_of(CONFIG, minilm_shape(CONFIG))
@@ -99,6 +99,22 @@ def test_predicted_time_is_that_of_the_clock() -> None:
     assert np.isnan(seconds[0])
     expected = 6.0 / 1e11 * WORKLOAD.planned_flops(0.3, 8) + 4.0 / 2e6 * WORKLOAD.planned_bytes(0.3, 8)
     assert seconds[1] == pytest.approx(expected)
+
+
+def test_a_roll_call_counts_until_a_device_has_trained() -> None:
+    fleet = Fleet.of(3, [pull(1, 1)]).with_roll_call({device: Probe(1e-9, 1e-6, 0.1, 8) for device in range(2)})
+    assert np.exp(fleet.log_rates[0]) == pytest.approx([1e-9, 1e-6])
+    assert np.array_equal(fleet.log_rates[1], Fleet.of(3, [pull(1, 1)]).log_rates[1])
+    assert np.isnan(fleet.log_rates[2]).all()
+
+
+def test_a_roll_call_shortens_the_first_rounds(tmp_path: Path) -> None:
+    """By more than it costs: without it every device's first round is one of strangers."""
+    learned, called = (
+        fedspine.schedule(out=tmp_path / probe, sampling="speed", probe=probe, rounds=8, sampled=10).summary
+        for probe in ("first", "roll-call")
+    )
+    assert called["virtual_seconds"] < 0.8 * learned["virtual_seconds"]
 
 
 @pytest.mark.parametrize("policy", ["fixed", "fedspine"])

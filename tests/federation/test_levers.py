@@ -12,7 +12,13 @@ from fedspine.simulation import RunResult, simulate
 from tests.federation.test_resume import Photographer, assert_same_end
 from tests.small_run import KEYS, write_data, write_model
 
-LEVERS: dict[str, Any] = {"sampling": "speed", "local_work": "deadline", "logit_adjustment": 1.0, "prune_interval": 1}
+LEVERS: dict[str, Any] = {
+    "sampling": "speed",
+    "probe": "roll-call",
+    "local_work": "deadline",
+    "logit_adjustment": 1.0,
+    "prune_interval": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,19 @@ def test_slow_devices_do_less_and_all_take_part(whole: RunResult) -> None:
     assert 1 < sum(steps) / len(steps) < 4
     counts = [sum(pull.device == device for pull in pulls) for device in range(9)]
     assert max(counts) - min(counts) <= 2
+
+
+def test_a_roll_call_measures_all_devices_once_and_costs_its_time(whole: RunResult) -> None:
+    first, *later = whole.records
+    assert sorted(first.roll_call) == list(range(9))
+    assert not any(record.roll_call for record in later)
+    called = first.roll_call.values()
+    assert first.round_seconds == pytest.approx(
+        max(pull.report.seconds for pull in first.pulls) + max(probe.seconds for probe in called)
+    )
+    sent = sum(pull.report.download_bytes for pull in first.pulls)
+    assert first.downloaded_bytes == sent + sum(probe.bytes for probe in called)
+    assert all(pull.probe is None for record in whole.records for pull in record.pulls)
 
 
 @pytest.mark.parametrize("round", [2, 4])
