@@ -4,7 +4,7 @@ A seed fixes the partition, the devices' draws, who is sampled when and every ba
 between methods are paired. Each run is a process of its own, `fedspine simulate`, into `DIR/runs/NAME-seedK`; a
 finished run is not run again, a killed one continues.
 
-Directory: `runs/`, `comparison.json` (every figure and curve), `tables.md`, and figures.
+Directory: `runs/`, `comparison.json` (every figure and curve), `tables.md`, figures, and with `inference` `models/`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedspine import __version__
 from fedspine.config import RunConfig, load_config
 from fedspine.errors import CheckpointError, ConfigError, FederationError
+from fedspine.inference import measure_inference
 from fedspine.methods import METHODS
 from fedspine.report.records import write_atomically
+from fedspine.retime import retime_run
+
+if TYPE_CHECKING:
+    from fedspine.report.comparison_tables import View
 
 FILE = "comparison.json"
 METHODS_BY_DEFAULT = ("fedavg", "fedspine", "fedspine-paper")
@@ -65,6 +70,8 @@ class Comparison:
     directory: Path
     runs: tuple[dict[str, Any], ...]
     """Method, seed, summary and curve of every run."""
+    view: View
+    """How they are put side by side."""
     tables: str
     """Markdown."""
 
@@ -76,6 +83,10 @@ def compare(
     seeds: int = 3,
     parallel: int = 1,
     out: str | Path = "comparison",
+    target: float | None = None,
+    baseline: str = "",
+    inference: bool = False,
+    retime: str | Path | None = None,
     on_progress: Callable[[Cell, Progress], None] = lambda cell, progress: None,
     **keys: Any,
 ) -> Comparison:
@@ -86,17 +97,34 @@ def compare(
     and these before what all share. `keys` override what all share.
     `methods`: which, the reference first; by default all tables of the file, or else `METHODS_BY_DEFAULT`.
     `parallel`: runs at a time, one process each. `out`: continued if it holds this comparison.
+    `target`: smoothed accuracy whose time is compared; by default the highest that every run reached.
+    `baseline`: method whose costs are 100 %; by default the reference. `inference`: in the end, export every method's
+    global model of seed 0 into `out`/models and measure its speed and memory against the baseline's.
+    `retime`: another comparison, of the same configuration but for `population`: what it trained with policies that
+    never look at times is taken from there under this population's clock, instead of training it again.
 
     Errors: subclasses of `FedSpineError`; before anything is written, but for a run that fails.
     """
     cells = plan(config, methods, seeds, keys)
     if parallel < 1:
         raise ConfigError(f"parallel = {parallel}: must be at least 1")
+    baseline = baseline or cells[0].method
+    _check_view(cells, target, baseline, inference, retime)
     directory = Path(out)
     _check_same(directory, cells)
-    (directory / "runs").mkdir(parents=True, exist_ok=True)
-    _run_all(cells, directory / "runs", parallel, on_progress)
-    return collect(cells, directory)
+    runs = directory / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    if retime is not None:
+        for cell in cells:
+            begun = any((runs / cell.name / name).exists() for name in ("summary.json", "checkpoint"))
+            if not begun:
+                retime_run(Path(retime) / "runs" / cell.name, cell.config, runs / cell.name)
+    _run_all(cells, runs, parallel, on_progress)
+    ratios = {}
+    if inference:
+        first = {cell.method: runs / cell.name for cell in cells if cell.seed == 0}
+        ratios = measure_inference(first, directory / "models", baseline, cells[0].config.max_length)
+    return collect(cells, directory, target, baseline, ratios)
 
 
 def plan(config: str | Path | None, methods: Sequence[str] | None, seeds: int, keys: Mapping[str, Any]) -> list[Cell]:
@@ -128,21 +156,43 @@ def plan(config: str | Path | None, methods: Sequence[str] | None, seeds: int, k
     return cells
 
 
-def collect(cells: Sequence[Cell], directory: Path) -> Comparison:
-    """Figures, tables and plots of the finished runs, written into `directory`."""
+def collect(
+    cells: Sequence[Cell],
+    directory: Path,
+    target: float | None = None,
+    baseline: str = "",
+    inference: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Comparison:
+    """Figures, tables and plots of the finished runs, written into `directory`. See `compare` and `View`."""
     # Only now: matplotlib and scipy take a second to import.
     from fedspine.report.comparison_figures import draw_comparison
-    from fedspine.report.comparison_tables import as_markdown
+    from fedspine.report.comparison_tables import View, as_markdown
 
     runs = tuple(found for cell in cells if (found := _finished(cell, directory / "runs" / cell.name)) is not None)
     if not runs:
         raise CheckpointError(f"{directory}: no run is finished yet")
-    text = as_markdown(runs)
-    about = {"fedspine": __version__, "runs": runs}
+    view = View(target, baseline, inference or {})
+    text = as_markdown(runs, view)
+    about = {"fedspine": __version__, **asdict(view), "runs": runs}
     write_atomically(directory / FILE, (json.dumps(about, indent=1) + "\n").encode())
     write_atomically(directory / "tables.md", text.encode())
-    draw_comparison(runs, directory)
-    return Comparison(directory, runs, text)
+    draw_comparison(runs, directory, view)
+    return Comparison(directory, runs, view, text)
+
+
+def _check_view(
+    cells: Sequence[Cell], target: float | None, baseline: str, inference: bool, retime: str | Path | None
+) -> None:
+    """Errors: `ConfigError` for what cannot be compared, `CheckpointError` for a `retime` that is no comparison."""
+    methods = dict.fromkeys(cell.method for cell in cells)
+    if target is not None and not 0.0 < target <= 1.0:
+        raise ConfigError(f"target = {target}: must be above 0 and at most 1")
+    if baseline not in methods:
+        raise ConfigError(f"baseline = '{baseline}': must be one of the methods, {', '.join(methods)}")
+    if retime is not None and inference:
+        raise ConfigError("inference: runs of another clock hold no model; measure it where they were trained")
+    if retime is not None and not (Path(retime) / "runs").is_dir():
+        raise CheckpointError(f"--retime {retime}: holds no comparison; name the --out of one")
 
 
 def _read(config: str | Path | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 
+from fedspine import inference
 from fedspine.cli import main
 from fedspine.comparison import Cell, Progress, compare, plan
 from fedspine.errors import CheckpointError, ConfigError, FederationError
-from fedspine.report.comparison_tables import as_markdown, common_target, interval, paired_difference, paired_ratio
+from fedspine.report.comparison_figures import draw_comparison
+from fedspine.report.comparison_tables import (
+    View,
+    as_markdown,
+    common_target,
+    interval,
+    paired_difference,
+    paired_ratio,
+)
 from fedspine.simulation import simulate
 from tests.small_run import KEYS, figures, options, write_data, write_model
 
@@ -118,6 +127,21 @@ def test_refused(methods: list[str], keys: dict[str, Any], message: str) -> None
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baseline": "hetlora"}, "baseline = 'hetlora': must be one of the methods, fedavg"),
+        ({"target": 80.0}, "target = 80.0: must be above 0 and at most 1"),
+        ({"inference": True, "retime": "."}, "runs of another clock hold no model"),
+        ({"retime": "nowhere"}, "--retime nowhere: holds no comparison"),
+    ],
+)
+def test_a_view_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        compare(methods=["fedavg"], out=tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_line(tmp_path: Path, shared: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", "--methods", "fedspine", "--seeds", "1", "--out", str(tmp_path / "out"), *options(shared)]
     assert main([*arguments, "--json"]) == 0
@@ -159,6 +183,49 @@ def test_differences_are_paired() -> None:
     text = as_markdown([*slow, *fast])
     assert "| fast | 3 | 50 % |" in text
     assert common_target([*slow, *fast]) == 0.6
+
+
+def test_a_target_that_some_miss(tmp_path: Path) -> None:
+    """It is said how many seeds reached it, and what did not is not drawn at 0."""
+    good = [run("good", seed, 0.8) for seed in range(2)]
+    half = [run("half", seed, 0.7 + 0.1 * seed) for seed in range(2)]
+    bad = [run("bad", seed, 0.6) for seed in range(2)]
+    runs, view = [*good, *half, *bad], View(target=0.75)
+    text = as_markdown(runs, view)
+    assert "a smoothed accuracy of 0.750; faster" in text
+    assert "| bad | not reached | - |" in text
+    assert "93.8 (1 of 2 seeds)" in text
+    draw_comparison(runs, tmp_path, view)
+    assert (tmp_path / "costs.png").stat().st_size > 5_000
+
+
+def test_relative_cost_is_that_of_the_baseline() -> None:
+    slow = [run("slow", seed, 0.8) for seed in range(2)]
+    fast = [run("fast", seed, 0.8, speed=2.0) for seed in range(2)]
+    ratios = {"latency": [{"batch": 1, "p50": 0.6}, {"batch": 16, "p50": 0.514}], "peak_memory": None}
+    lines = as_markdown([*fast, *slow], View(baseline="slow", inference={"fast": ratios})).splitlines()
+    assert "## Relative cost, slow = 100 %; inference: measured on the models of seed 0" in lines
+    assert "| fast | 50 % | 50 % | 100 % | 100 % | 60 % | 51 % | - |" in lines
+    assert "| slow | 100 % | 100 % | 100 % | 100 % | 100 % | 100 % | 100 % |" in lines
+
+
+def test_inference_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, ...]] = []
+
+    def fedspine(*arguments: object) -> str:
+        said.append(tuple(map(str, arguments)))
+        if arguments[0] == "export":
+            Path(str(arguments[-1])).mkdir(parents=True)
+        return '{"ratios": {"peak_memory": 0.5}}'
+
+    monkeypatch.setattr(inference, "_fedspine", fedspine)
+    runs = {"fedit": tmp_path / "runs/fedit-seed0", "magnitude": tmp_path / "runs/magnitude-seed0"}
+    models = tmp_path / "models"
+    found = inference.measure_inference(runs, models, "fedit", 32)
+    assert found == inference.measure_inference(runs, models, "fedit", 32) == {"magnitude": {"peak_memory": 0.5}}
+    assert [each[0] for each in said] == ["export", "export", "bench"]
+    model, reference = (str(models / f"{name}-seed0") for name in ("magnitude", "fedit"))
+    assert said[2][1:] == (model, "--against", reference, "--length", "32", "--json")
 
 
 def test_intervals_are_those_of_student() -> None:

@@ -42,6 +42,20 @@ def add(commands: Subparsers) -> None:
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
     compare.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (default: 1)")
     compare.add_argument("--out", default="comparison", metavar="DIR", help="directory (default: comparison)")
+    compare.add_argument(
+        "--target", type=float, metavar="ACC", help="accuracy whose time is compared (default: what every run reached)"
+    )
+    compare.add_argument(
+        "--baseline", default="", metavar="METHOD", help="whose costs are 100 %% (default: the reference)"
+    )
+    compare.add_argument(
+        "--inference", action="store_true", help="also time the models that seed 0 leaves, into DIR/models"
+    )
+    compare.add_argument(
+        "--retime",
+        metavar="DIR",
+        help="a comparison with another population: methods that never look at times are not trained again",
+    )
     compare.add_argument("--json", action="store_true", help="print comparison.json on stdout, and nothing else")
     compare.set_defaults(execute=run)
 
@@ -60,6 +74,10 @@ def run(options: argparse.Namespace) -> int:
             seeds=options.seeds,
             parallel=options.parallel,
             out=options.out,
+            target=options.target,
+            baseline=options.baseline,
+            inference=options.inference,
+            retime=options.retime,
             on_progress=console.update,
             **shared,
         )

@@ -40,7 +40,7 @@ class ComparisonConsole:
 
     def finished(self, comparison: Comparison) -> None:
         self.close()
-        for found in tables(comparison.runs):
+        for found in tables(comparison.runs, comparison.view):
             table = Table(title=found.title, title_justify="left", title_style="bold")
             for heading in found.header:
                 table.add_column(heading, justify="left" if heading == "method" else "right")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedspine.report.comparison_tables import Run, by_method, common_target, half_width, seconds_to
+from fedspine.report.comparison_tables import Run, View, by_method, half_width, seconds_to, target_of, traffic
 from fedspine.report.curves import COLOURS
 
 if TYPE_CHECKING:
@@ -16,48 +16,46 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLES = ("-", "--", ":", "-.")
+FEW = 6
+"""Methods up to which the single seeds are drawn too."""
 
 
-def draw_comparison(runs: Sequence[Run], directory: Path) -> None:
+def draw_comparison(runs: Sequence[Run], directory: Path, view: View | None = None) -> None:
     """`curves.png` and `costs.png`, one colour and line style per method."""
     groups = by_method(runs)
-    figure = _figure(8, 4.5)
-    _curves(figure.subplots(), groups)
-    _save(figure, directory / "curves.png")
-    figure = _figure(11, 1.2 + 0.42 * len(groups))
+    figure = new_figure(8, 4.5)
+    draw_accuracy(figure.subplots(), groups)
+    save_figure(figure, directory / "curves.png")
+    figure = new_figure(11, 1.2 + 0.42 * len(groups))
     axes = figure.subplots(1, 4, sharey=True)
-    target = common_target(runs)
-    _bars(axes[0], groups, [[100 * run["summary"]["device_accuracy_mean"] for run in g] for g in groups.values()])
+    target = target_of(runs, view or View())
+    draw_bars(axes[0], groups, [[100 * run["summary"]["device_accuracy_mean"] for run in g] for g in groups.values()])
     axes[0].set(title="devices' own models", xlabel="accuracy, %")
     axes[0].set_xlim(left=max(0.0, axes[0].get_xlim()[0]))
-    _bars(axes[1], groups, [[seconds_to(run, target) or np.nan for run in g] for g in groups.values()])
+    draw_bars(axes[1], groups, [[seconds_to(run, target) or np.nan for run in g] for g in groups.values()])
     axes[1].set(title=f"time to {target:.3f}", xlabel="virtual seconds", xlim=(0, None))
-    _bars(axes[2], groups, [[run["summary"]["mean_waiting_seconds"] for run in g] for g in groups.values()])
+    draw_bars(axes[2], groups, [[run["summary"]["mean_waiting_seconds"] for run in g] for g in groups.values()])
     axes[2].set(title="waiting", xlabel="virtual seconds per device and round", xlim=(0, None))
-    traffic = [
-        [(run["summary"]["uploaded_bytes"] + run["summary"]["downloaded_bytes"]) / 1e6 for run in g]
-        for g in groups.values()
-    ]
-    _bars(axes[3], groups, traffic)
+    draw_bars(axes[3], groups, [[traffic(run) / 1e6 for run in g] for g in groups.values()])
     axes[3].set(title="traffic", xlabel="MB, both ways", xlim=(0, None))
-    _save(figure, directory / "costs.png")
+    save_figure(figure, directory / "costs.png")
 
 
-def _curves(axis: Axes, groups: Mapping[str, Sequence[Run]]) -> None:
+def draw_accuracy(axis: Axes, groups: Mapping[str, Sequence[Run]]) -> None:
+    """Mean over seeds of accuracy and time at every evaluated round; of a few methods, the seeds faintly beside it."""
     longest = max(run["curve"][-1]["clock_seconds"] for group in groups.values() for run in group)
     unit, unit_name = (60, "minutes") if longest > 600 else (1, "seconds")
     for number, (name, group) in enumerate(groups.items()):
-        for run in group:
-            axis.plot(
-                [point["clock_seconds"] / unit for point in run["curve"]],
-                [point["smoothed_accuracy"] for point in run["curve"]],
-                STYLES[number // len(COLOURS) % len(STYLES)],
-                lw=1.3,
-                color=COLOURS[number % len(COLOURS)],
-                label=name if run is group[0] else None,
-            )
+        colour = COLOURS[number % len(COLOURS)]
+        curves = [
+            [(point["clock_seconds"] / unit, point["smoothed_accuracy"]) for point in run["curve"]] for run in group
+        ]
+        for curve in curves if len(group) > 1 and len(groups) <= FEW else ():
+            axis.plot(*zip(*curve, strict=True), lw=0.8, alpha=0.35, color=colour)
+        mean = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0)
+        axis.plot(*mean.T, STYLES[number // len(COLOURS) % len(STYLES)], lw=1.6, color=colour, label=name)
     axis.set(
-        title="smoothed accuracy of the global model, one line per seed",
+        title="smoothed accuracy of the global model, mean over seeds",
         xlabel=f"virtual time, {unit_name}",
         ylabel="accuracy",
     )
@@ -66,19 +64,25 @@ def _curves(axis: Axes, groups: Mapping[str, Sequence[Run]]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _bars(axis: Axes, groups: Mapping[str, Sequence[Run]], values: Sequence[Sequence[float]]) -> None:
-    """A dot per seed, the mean with its interval, methods from top to bottom."""
+def draw_bars(axis: Axes, groups: Mapping[str, Sequence[Run]], values: Sequence[Sequence[float]]) -> None:
+    """A dot per seed, the mean with its interval, methods from top to bottom; NaN where a target was not reached."""
     for number, seeds in enumerate(values):
         colour = COLOURS[number % len(COLOURS)]
-        axis.plot(seeds, [number] * len(seeds), "o", ms=3, alpha=0.45, color=colour)
-        axis.errorbar(np.mean(seeds), number, xerr=half_width(seeds) or 0.0, fmt="D", ms=5, capsize=3, color=colour)
+        reached = [value for value in seeds if np.isfinite(value)]
+        axis.plot(reached, [number] * len(reached), "o", ms=3, alpha=0.45, color=colour)
+        if reached:
+            half = half_width(reached) or 0.0
+            axis.errorbar(np.mean(reached), number, xerr=half, fmt="D", ms=5, capsize=3, color=colour)
+        if len(reached) < len(seeds):
+            text = f"{len(reached)} of {len(seeds)} " if reached else "not reached"
+            axis.text(0.99, number, text, transform=axis.get_yaxis_transform(), ha="right", va="center", fontsize=8)
     axis.set_yticks(range(len(groups)), list(groups))
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.grid(alpha=0.3, axis="x")
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -87,7 +91,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110, format="png")
     temporary.replace(path)

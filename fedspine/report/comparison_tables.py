@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from scipy import stats
@@ -17,29 +17,47 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
+class View:
+    """How runs are put side by side."""
+
+    target: float | None = None
+    """Smoothed accuracy whose time is compared; None: the highest that every run reached."""
+    baseline: str = ""
+    """Method whose costs are 100 %; empty: the reference."""
+    inference: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """`BenchResult.ratios` of a method's model over the baseline's, by method; empty where not measured."""
+
+
+@dataclass(frozen=True)
 class Table:
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
-def tables(runs: Sequence[Run]) -> tuple[Table, Table]:
-    """Accuracy, and cost. The reference is the first method; seeds that a method lacks leave its differences."""
-    groups = by_method(runs)
-    return _accuracy_table(groups), _cost_table(groups, common_target(runs))
+def tables(runs: Sequence[Run], view: View | None = None) -> tuple[Table, ...]:
+    """Accuracy, cost, relative cost. The reference is the first method; seeds it lacks leave the differences."""
+    groups, view = by_method(runs), view or View()
+    target = target_of(runs, view)
+    return accuracy_table(groups), _cost_table(groups, target), relative_table(groups, target, view)
 
 
-def as_markdown(runs: Sequence[Run]) -> str:
+def as_markdown(runs: Sequence[Run], view: View | None = None) -> str:
     """All of it as a page."""
     lines = [
         "Mean ± 95 % interval over seeds (Student's t). Differences and ratios are paired by seed, against "
         f"`{next(iter(by_method(runs)))}`; *not separable* where the interval holds no difference. Times are virtual: "
         "those of the devices.",
     ]
-    for table in tables(runs):
-        lines += ["", f"## {table.title}", "", *("| " + " | ".join(row) + " |" for row in (table.header,))]
-        lines += ["|" + "---|" * len(table.header), *("| " + " | ".join(row) + " |" for row in table.rows)]
+    for table in tables(runs, view):
+        lines += ["", f"## {table.title}", "", *markdown_rows(table)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_rows(table: Table) -> list[str]:
+    """Its lines, without the title."""
+    header, *rows = ("| " + " | ".join(row) + " |" for row in (table.header, *table.rows))
+    return [header, "|" + "---|" * len(table.header), *rows]
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -54,6 +72,11 @@ def common_target(runs: Sequence[Run]) -> float:
     """The highest smoothed accuracy that every run reached, rounded down to half a point."""
     worst: float = min(max(point["smoothed_accuracy"] for point in run["curve"]) for run in runs)
     return math.floor(worst * 200) / 200
+
+
+def target_of(runs: Sequence[Run], view: View) -> float:
+    """The accuracy whose time is compared."""
+    return common_target(runs) if view.target is None else view.target
 
 
 def seconds_to(run: Run, target: float) -> float | None:
@@ -90,18 +113,40 @@ def paired_difference(group: Sequence[Run], reference: Sequence[Run], key: str) 
 
 def paired_ratio(group: Sequence[Run], reference: Sequence[Run], of: Callable[[Run], float | None]) -> str:
     """Reference over method: how many times less the method needs, as geometric mean with its interval."""
-    try:
-        logs = _paired(reference, group, lambda run: math.log(of(run) or math.nan))
-    except ValueError:
+    found = _log_ratio(reference, group, of)
+    if found is None:
         return "-"
-    logs = [value for value in logs if math.isfinite(value)]
-    if not logs:
-        return "-"
-    half, mean = half_width(logs), sum(logs) / len(logs)
+    mean, half = found
     if half is None:
         return f"{math.exp(mean):.2f}x"
     text = f"{math.exp(mean):.2f}x ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
     return text if abs(mean) > half else text + ", not separable"
+
+
+def paired_percent(group: Sequence[Run], baseline: Sequence[Run], of: Callable[[Run], float | None]) -> str:
+    """Method over baseline in percent, as geometric mean with its interval."""
+    found = _log_ratio(group, baseline, of)
+    if found is None:
+        return "-"
+    mean, half = found
+    low, middle, high = (f"{100 * math.exp(mean + side * (half or 0.0)):.0f}" for side in (-1, 0, 1))
+    return f"{middle} %" if low == high else f"{middle} % ({low} to {high})"
+
+
+def reached_text(group: Sequence[Run], target: float) -> str:
+    """Seconds to the target, and how many seeds reached it if not all did."""
+    reached = [seconds for run in group if (seconds := seconds_to(run, target)) is not None]
+    if not reached:
+        return "not reached"
+    return interval(reached, 1) + ("" if len(reached) == len(group) else f" ({len(reached)} of {len(group)} seeds)")
+
+
+def _log_ratio(
+    above: Sequence[Run], below: Sequence[Run], of: Callable[[Run], float | None]
+) -> tuple[float, float | None] | None:
+    """(mean, half width of its interval) of the logarithm of above / below over the seeds that have both."""
+    logs = [value for value in _paired(above, below, lambda run: math.log(of(run) or math.nan)) if math.isfinite(value)]
+    return (sum(logs) / len(logs), half_width(logs)) if logs else None
 
 
 def _paired(group: Sequence[Run], reference: Sequence[Run], of: Callable[[Run], float]) -> list[float]:
@@ -110,7 +155,8 @@ def _paired(group: Sequence[Run], reference: Sequence[Run], of: Callable[[Run], 
     return [of(run) - other[run["seed"]] for run in group if run["seed"] in other]
 
 
-def _accuracy_table(groups: Mapping[str, Sequence[Run]]) -> Table:
+def accuracy_table(groups: Mapping[str, Sequence[Run]]) -> Table:
+    """Of the devices' own models and of the server's; points are hundredths."""
     reference = next(iter(groups))
     rows = [
         (
@@ -132,26 +178,61 @@ def _cost_table(groups: Mapping[str, Sequence[Run]], target: float) -> Table:
     reference = next(iter(groups))
     rows = []
     for name, group in groups.items():
-        reached = [seconds for run in group if (seconds := seconds_to(run, target)) is not None]
-        traffic = [run["summary"]["uploaded_bytes"] + run["summary"]["downloaded_bytes"] for run in group]
         faster = paired_ratio(group, groups[reference], lambda run: seconds_to(run, target))
         rows.append(
             (
                 name,
-                interval(reached, 1),
+                reached_text(group, target),
                 "" if name == reference else faster,
                 interval(_column(group, "virtual_seconds"), 1),
                 interval(_column(group, "mean_waiting_seconds"), 2),
-                interval(traffic, 1, 1e6),
+                interval([traffic(run) for run in group], 1, 1e6),
                 f"{max(_column(group, 'device_memory_bytes')) / 1e6:.0f}",
             )
         )
     header = ("method", "s to target", "faster", "s in all", "s waiting", "MB traffic", "MB memory")
+    by_all = all(seconds_to(run, target) is not None for group in groups.values() for run in group)
     title = (
-        f"Cost; target: a smoothed accuracy of {target:.3f}, which every run reached; faster: against {reference}; "
-        "waiting: per device and round; memory: the largest need of a device, estimated"
+        f"Cost; target: a smoothed accuracy of {target:.3f}{', which every run reached' if by_all else ''}; faster: "
+        f"against {reference}; waiting: per device and round; memory: the largest need of a device, estimated"
     )
     return Table(title, header, tuple(rows))
+
+
+def relative_table(groups: Mapping[str, Sequence[Run]], target: float, view: View) -> Table:
+    """Training in virtual time and by the cost formulas; inference as measured here on the cut models."""
+    baseline = view.baseline or next(iter(groups))
+    figures: tuple[tuple[str, Callable[[Run], float | None]], ...] = (
+        ("time to target", lambda run: seconds_to(run, target)),
+        ("time in all", lambda run: run["summary"]["virtual_seconds"]),
+        ("traffic", traffic),
+        ("training memory", lambda run: run["summary"]["device_memory_bytes"]),
+    )
+    measured = next(iter(view.inference.values()), None)
+    batches = [row["batch"] for row in measured["latency"]] if measured else []
+    header = ["method", *(title for title, _ in figures), *(f"inference time, batch {batch}" for batch in batches)]
+    rows = []
+    for name, group in groups.items():
+        row = [name, *(paired_percent(group, groups[baseline], of) for _, of in figures)]
+        if measured:
+            row += _inference_cells(view.inference.get(name), len(batches), name == baseline)
+        rows.append(tuple(row))
+    title = f"Relative cost, {baseline} = 100 %" + ("; inference: measured on the models of seed 0" if measured else "")
+    return Table(title, (*header, *(("inference memory",) if measured else ())), tuple(rows))
+
+
+def _inference_cells(ratios: Mapping[str, Any] | None, batches: int, baseline: bool) -> list[str]:
+    if baseline:
+        return ["100 %"] * (batches + 1)
+    if ratios is None:
+        return ["-"] * (batches + 1)
+    values = [*(row["p50"] for row in ratios["latency"]), ratios["peak_memory"]]
+    return ["-" if value is None else f"{100 * value:.0f} %" for value in values]
+
+
+def traffic(run: Run) -> float:
+    """Bytes of a run, both ways."""
+    return float(run["summary"]["uploaded_bytes"] + run["summary"]["downloaded_bytes"])
 
 
 def _column(group: Sequence[Run], key: str) -> list[float]:

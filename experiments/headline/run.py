@@ -1,0 +1,248 @@
+"""The headline: every method at equal sparsity on three tasks, and its cost on three populations of devices.
+
+    .venv/bin/python experiments/headline/run.py [--tasks sst2] [--populations mixed] [--methods fedspine,fedit] \\
+        [--seeds 3] [--parallel 2] [--out runs/headline] [-s KEY=VALUE]
+
+Each (task, population) is a `fedspine compare` of its own, in OUT/TASK-POPULATION; finished runs are not run again,
+killed ones continue. Populations after `mixed` train only what looks at times, and take the other methods' runs from
+it. Writes results.json, tables.md, accuracy.png and costs.png beside this file, of whatever is finished; with --table
+from results.json alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from grid import commit  # noqa: E402
+
+from fedspine.comparison import FILE, Cell, Progress, compare  # noqa: E402
+from fedspine.config import parse_override  # noqa: E402
+from fedspine.report.comparison_figures import draw_accuracy, draw_bars, new_figure, save_figure  # noqa: E402
+from fedspine.report.comparison_tables import (  # noqa: E402
+    Run,
+    Table,
+    View,
+    by_method,
+    interval,
+    markdown_rows,
+    paired_difference,
+    paired_ratio,
+    relative_table,
+    seconds_to,
+    target_of,
+    traffic,
+)
+
+METHODS = (
+    "fedspine", "fedspine-paper", "loraprune", "llm-pruner", "magnitude", "random-pruning", "fedmp",
+    "fedit", "ffa-lora", "rolora", "flexlora", "lora-fair", "hetlora", "fedprox",
+)  # fmt: skip
+"""The first is what all are compared with."""
+BASELINE = "hetlora"
+"""Whose costs are 100 %."""
+TASKS = ("sst2", "trec", "qnli")
+POPULATIONS = {
+    "mixed": "jetson-80",
+    "compute-bound": "jetson-80-compute-bound",
+    "communication-bound": "jetson-80-communication-bound",
+}
+TARGETS: dict[str, float] = {}
+"""Accuracy by task whose time is compared; of other tasks the highest that every run reached."""
+FIGURES = (
+    "device_accuracy_mean", "device_accuracy_min", "smoothed_accuracy", "sparsity_prunable", "virtual_seconds",
+    "mean_waiting_seconds", "uploaded_bytes", "downloaded_bytes", "device_memory_bytes",
+)  # fmt: skip
+"""Of a summary, kept in results.json."""
+
+Found = dict[tuple[str, str], tuple[list[Run], View]]
+"""Runs, and how they are compared, by (task, population)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/headline"), help="where the comparisons go")
+    parser.add_argument("--tasks", default=",".join(TASKS), metavar="A,B,...")
+    parser.add_argument("--populations", default=",".join(POPULATIONS), metavar="A,B,...", help="mixed first")
+    parser.add_argument("--methods", default=",".join(METHODS), metavar="A,B,...")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--parallel", type=int, default=2, metavar="K", help="runs at a time, one process each")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="for a short trial")
+    parser.add_argument("--results", type=Path, default=HERE, metavar="DIR", help="folder of results.json and the rest")
+    parser.add_argument("--table", action="store_true", help="only tables and figures, from results.json")
+    options = parser.parse_args()
+    results = options.results / "results.json"
+    if not options.table:
+        for task in options.tasks.split(","):
+            for population in options.populations.split(","):
+                _compare(task, population, options)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(json.dumps(_collected(options.out)) + "\n")
+    saved = json.loads(results.read_text())
+    found: Found = {
+        (entry["task"], entry["population"]): (entry["runs"], View(entry["target"], BASELINE, entry["inference"]))
+        for entry in saved["comparisons"]
+    }
+    text = _page(found, saved["commit"])
+    (options.results / "tables.md").write_text(text)
+    _draw(found, options.results)
+    print(text)
+
+
+def _compare(task: str, population: str, options: argparse.Namespace) -> None:
+    first = next(iter(POPULATIONS))
+    methods = options.methods.split(",")
+    compare(
+        HERE / f"{task}.toml",
+        methods=methods,
+        seeds=options.seeds,
+        parallel=options.parallel,
+        out=options.out / f"{task}-{population}",
+        target=TARGETS.get(task),
+        baseline=BASELINE if BASELINE in methods else "",
+        inference=population == first,
+        retime=options.out / f"{task}-{first}" if population != first else None,
+        on_progress=lambda cell, progress: _say(task, population, cell, progress),
+        **{"population": POPULATIONS[population], **dict(parse_override(text) for text in options.set)},
+    )
+
+
+def _say(task: str, population: str, cell: Cell, progress: Progress) -> None:
+    if progress.state in ("finished", "failed"):
+        print(f"{task}, {population}: {cell.name} {progress.state} {progress.accuracy or 0:.3f}", flush=True)
+
+
+def _collected(out: Path) -> dict[str, Any]:
+    """What the finished comparisons hold, as far as tables and figures need it."""
+    comparisons = []
+    for task in TASKS:
+        for population in POPULATIONS:
+            path = out / f"{task}-{population}" / FILE
+            if not path.exists():
+                continue
+            done = json.loads(path.read_text())
+            runs = [
+                {
+                    "method": run["method"],
+                    "seed": run["seed"],
+                    "summary": {key: run["summary"][key] for key in FIGURES},
+                    "curve": [
+                        {key: point[key] for key in ("clock_seconds", "smoothed_accuracy")} for point in run["curve"]
+                    ],
+                }
+                for run in done["runs"]
+            ]
+            comparisons.append(
+                {
+                    "task": task,
+                    "population": population,
+                    "target": done["target"],
+                    "inference": done["inference"],
+                    "runs": runs,
+                }
+            )
+    return {"commit": commit(), "comparisons": comparisons}
+
+
+def _page(found: Found, made: str) -> str:
+    mixed = {task: runs for (task, population), (runs, _) in found.items() if population == "mixed"}
+    lines = [
+        f"Commit {made}. Mean ± 95 % interval over seeds (Student's t); differences and ratios are paired by seed."
+    ]
+    reference = METHODS[0]
+    if mixed:
+        title = f"Table A: accuracy of the devices' own models; points (hundredths): against {reference}"
+        lines += ["", f"## {title}", "", *markdown_rows(_accuracies(mixed))]
+    targets = ", ".join(f"{target_of(*each):.3f} ({task}, {population})" for (task, population), each in found.items())
+    title = f"Table B: virtual time to a common accuracy; {reference} is so many times as fast"
+    lines += ["", f"## {title}", "", f"Targets: {targets}.", "", *markdown_rows(_times(found))]
+    for task, runs in mixed.items():
+        view = found[task, "mixed"][1]
+        table = relative_table(by_method(runs), target_of(runs, view), view)
+        lines += ["", f"## Table B, {task}: {table.title}", "", *markdown_rows(table)]
+    return "\n".join(lines) + "\n"
+
+
+def _accuracies(by_task: Mapping[str, Sequence[Run]]) -> Table:
+    columns = []
+    for task, runs in by_task.items():
+        groups = by_method(runs)
+        reference = next(iter(groups.values()))
+
+        def points(group: Sequence[Run], reference: Sequence[Run] = reference) -> str:
+            return "" if group is reference else paired_difference(group, reference, "device_accuracy_mean")
+
+        figures: tuple[tuple[str, Callable[[Sequence[Run]], str]], ...] = (
+            ("cut", lambda group: f"{100 * min(_column(group, 'sparsity_prunable')):.0f} %"),
+            ("mean", lambda group: interval(_column(group, "device_accuracy_mean"))),
+            ("worst device", lambda group: f"{min(_column(group, 'device_accuracy_min')):.3f}"),
+            ("points", points),
+        )
+        columns += [(f"{task}: {title}", groups, of) for title, of in figures]
+    return _table(columns)
+
+
+def _times(found: Found) -> Table:
+    columns = []
+    for (task, population), (runs, view) in found.items():
+        groups, target = by_method(runs), target_of(runs, view)
+        reference = next(iter(groups.values()))
+
+        def slower(group: Sequence[Run], reference: Sequence[Run] = reference, target: float = target) -> str:
+            return "1" if group is reference else paired_ratio(reference, group, lambda run: seconds_to(run, target))
+
+        columns.append((f"{task}, {population}", groups, slower))
+    return _table(columns)
+
+
+def _table(columns: Sequence[tuple[str, Mapping[str, Sequence[Run]], Callable[[Sequence[Run]], str]]]) -> Table:
+    """A row per method, a cell per column where the method was run."""
+    methods = dict.fromkeys(method for _, groups, _ in columns for method in groups)
+    rows = [
+        (method, *(of(groups[method]) if method in groups else "-" for _, groups, of in columns)) for method in methods
+    ]
+    return Table("", ("method", *(title for title, _, _ in columns)), tuple(rows))
+
+
+def _column(group: Sequence[Run], key: str) -> list[float]:
+    return [float(run["summary"][key]) for run in group]
+
+
+def _draw(found: Found, directory: Path) -> None:
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    figure = new_figure(2.5 + 5 * len(tasks), 4.5)
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        population = "mixed" if (task, "mixed") in found else next(name for other, name in found if other == task)
+        draw_accuracy(axis, by_method(found[task, population][0]))
+        axis.set_title(f"{task}, {population}: smoothed accuracy, mean over seeds")
+        if task != tasks[-1]:
+            axis.get_legend().remove()
+    save_figure(figure, directory / "accuracy.png")
+    rows = len(found)
+    most = max(len(by_method(runs)) for runs, _ in found.values())
+    figure = new_figure(10, rows * (0.9 + 0.3 * most))
+    for axes, ((task, population), (runs, view)) in zip(
+        figure.subplots(rows, 3, squeeze=False, sharey="row"), found.items(), strict=True
+    ):
+        groups, target = by_method(runs), target_of(runs, view)
+        panels = (
+            (f"{task}, {population}: time to {target:.3f}", "virtual seconds", partial(seconds_to, target=target)),
+            ("waiting", "virtual s per device and round", lambda run: run["summary"]["mean_waiting_seconds"]),
+            ("traffic", "MB, both ways", lambda run: traffic(run) / 1e6),
+        )
+        for axis, (title, label, of) in zip(axes, panels, strict=True):
+            draw_bars(axis, groups, [[of(run) or float("nan") for run in group] for group in groups.values()])
+            axis.set(title=title, xlabel=label, xlim=(0, None))
+    save_figure(figure, directory / "costs.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What the models of a comparison cost when they answer: measured, each against the baseline's in alternation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedspine.errors import FederationError
+from fedspine.report.records import write_atomically
+
+
+def measure_inference(runs: Mapping[str, Path], models: Path, baseline: str, length: int) -> dict[str, dict[str, Any]]:
+    """`BenchResult.ratios` of every method's global model over that of `baseline`, by method, without the baseline.
+
+    `runs`: directory of a finished run by method. Models go to `models`/NAME, figures beside them; what is there is not
+    made again. `length`: tokens of a text.
+    Errors: `FederationError` with what `fedspine export` or `bench` said.
+    """
+    found = {}
+    folders = {method: models / run.name for method, run in runs.items()}
+    for method, run in runs.items():
+        if not folders[method].exists():
+            _fedspine("export", run, "--merge", "--out", folders[method])
+    for method, folder in folders.items():
+        if method == baseline:
+            continue
+        path = folder.with_name(f"{folder.name}.json")
+        if not path.exists():
+            text = _fedspine("bench", folder, "--against", folders[baseline], "--length", length, "--json")
+            write_atomically(path, text.encode())
+        found[method] = json.loads(path.read_text(encoding="utf-8"))["ratios"]
+    return found
+
+
+def _fedspine(*arguments: object) -> str:
+    """What a command prints, in a process of its own."""
+    command = [sys.executable, "-m", "fedspine", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise FederationError(
+            f"{arguments[0]} {arguments[1]}: {done.stderr.strip().removeprefix('fedspine: error: ')[-2000:]}"
+        )
+    return done.stdout
