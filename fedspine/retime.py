@@ -22,17 +22,18 @@ from fedspine.report.records import read_records, record_to_line, write_atomical
 from fedspine.report.summary import time_to_target
 from fedspine.types import OUT_OF_MEMORY, TRAINED, Pull, RoundRecord
 
-TIME_BLIND = ("fixed", "random")
-"""Policies that look neither at times nor at rewards, which hold times."""
+TIME_BLIND = {"policy": ("fixed", "random"), "sampling": ("uniform",), "local_work": ("equal",)}
+"""Values of the keys that could look at times, or at rewards, which hold times, and do not."""
 
 
 def retime_run(source: Path, config: RunConfig, directory: Path) -> bool:
     """Write the run of `config` into `directory` from that of `source`, if the two differ in the population only.
 
-    Whether it could: not for a policy that sees times, an unfinished or other run, or devices that lack memory in one
+    Whether it could: not for choices that see times, an unfinished or other run, or devices that lack memory in one
     of the two. The new directory has no checkpoint: its model is that of `source`.
     """
-    if config.policy not in TIME_BLIND or not (source / "summary.json").is_file():
+    blind = all(getattr(config, key) in values for key, values in TIME_BLIND.items())
+    if not blind or not (source / "summary.json").is_file():
         return False
     before = load_config(source / "config.toml", {})
     if replace(before, population=config.population) != config:

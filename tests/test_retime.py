@@ -64,6 +64,10 @@ def test_other_runs_are_left_alone(tmp_path: Path, shared: dict[str, Any]) -> No
     config = load_config(done.directory / "config.toml", {})
     other = RunConfig.from_values({**shared, "policy": "fixed", "learning_rate": 2e-3})
     assert not retime_run(tmp_path / "old", other, tmp_path / "new")
+    for lever in ({"sampling": "speed"}, {"local_work": "deadline"}):
+        assert not retime_run(
+            done.directory, RunConfig.from_values({**shared, "policy": "fixed", **lever}), tmp_path / "new"
+        )
     small = tmp_path / "small.toml"
     small.write_text(
         'download_mbps = [10]\nupload_mbps = [5]\n[[types]]\nname = "tiny"\ncount = 1\ngflops = 10\nmemory_mb = 0.001\n'
