@@ -192,27 +192,32 @@ def test_a_shared_batch_trains_the_same_factor(keys: dict[str, Any], method: str
             np.testing.assert_allclose(ours.arrays[name], array, atol=1e-4)
 
 
-def test_flora_downloads_what_a_device_missed(keys: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["fixed", "tertile"])
+def test_flora_downloads_what_a_device_missed(keys: dict[str, Any], tmp_path: Path, policy: str) -> None:
     """Record by record, by hand: the head, and the factors of all rounds since, or the matrices if they are smaller."""
-    given = {**keys, "method": "flora", "devices": 5, "sampled": 2, "rounds": 5, "min_rank": 1, "fixed_rank": 1}
-    config = RunConfig.from_values(given)
-    bench = workbench(config.to_json())
+    ranks = {"min_rank": 1, "fixed_rank": 1, "max_rank": 4}
+    given = {**keys, **ranks, "method": "flora", "policy": policy, "devices": 5, "sampled": 2, "rounds": 5}
+    bench = workbench(RunConfig.from_values(given).to_json())
     records = simulate(out=tmp_path / "run", **given).records
-    shape, last = bench.shape, dict.fromkeys(range(5), 1)
-    least, seen = np.inf, set()
+    shape, fixed = bench.shape, bench.shape.head_bytes + Structure.full(bench.shape).nbytes
+    missed = dict.fromkeys(range(5), 0)
+    seen, chosen = set(), set()
     for record in records:
         for pull in record.pulls:
-            rank = 2 * (record.round - last[pull.device])
+            rank = missed[pull.device]
             matrices = [
                 4 * min(rank * (module.d_out + module.d_in), module.d_out * module.d_in) for module in shape.modules
             ]
-            assert pull.report.download_bytes == sum(matrices) + shape.head_bytes + Structure.full(shape).nbytes
-            assert pull.report.upload_bytes > shape.head_bytes + 4 * sum(m.d_out + m.d_in for m in shape.modules)
-            last[pull.device] = record.round
+            assert pull.report.download_bytes == sum(matrices) + fixed
+            factors = 4 * pull.action.lora_rank * sum(module.d_out + module.d_in for module in shape.modules)
+            assert pull.report.upload_bytes == factors + fixed
             seen.add(rank)
-            least = min(least, pull.report.download_bytes)
+            chosen.add(pull.action.lora_rank)
+            missed[pull.device] = 0
+        for device in missed:
+            missed[device] += sum(pull.action.lora_rank for pull in record.pulls)
     assert len(seen) > 2
-    assert least == shape.head_bytes + Structure.full(shape).nbytes
+    assert chosen == ({1} if policy == "fixed" else {1, 2, 4})
 
 
 def test_flora_draws_its_adapters_anew(keys: dict[str, Any], tmp_path: Path) -> None:
