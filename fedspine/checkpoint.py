@@ -27,6 +27,8 @@ def save_state(directory: Path, config: RunConfig, state: ServerState) -> None:
     tensors: dict[str, np.ndarray] = {}
     for prefix, arrays in (("global", state.arrays), ("averaged", state.averaged)):
         tensors |= {f"{prefix}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
+    for device, arrays in state.local.items():
+        tensors |= {f"local/{device}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
     devices = sorted(state.structures)
     tensors["structure/consensus"] = _bits(state.consensus)
     if devices:
@@ -84,6 +86,7 @@ def _state(about: Mapping[str, str], tensors: Mapping[str, np.ndarray], shape: M
             for device in devices
             if (scores := _scores(f"scores/{device}", tensors, shape)) is not None
         },
+        local={int(device): own for device in devices if (own := _under(f"local/{device}/", tensors))},
     )
 
 

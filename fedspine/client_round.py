@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
 from fedspine.controller.schedule import warmup_rounds
-from fedspine.cost import Workload, workload_of
+from fedspine.cost import FLOAT_BYTES, Workload, workload_of
 from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
 from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import Population, load_population
 from fedspine.logit_adjustment import logit_shift
-from fedspine.lora.adapters import narrow, nbytes, rank_of, start_adapters, widen
-from fedspine.lora.factors import completed, of_sides, trained_sides
+from fedspine.lora.adapters import narrow, nbytes, rank_of, ranks_of, start_adapters, widen
+from fedspine.lora.factors import BOTH, completed, known_to, of_sides, shared, trained_sides
 from fedspine.lora.norms import update_norm
 from fedspine.lora.proximal import Proximal
+from fedspine.lora.rank_salience import RankSalience
 from fedspine.lora.rank_tail import RankTail, kept_rank
 from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_base, load_tokenizer
@@ -164,6 +165,7 @@ class Local:
         losses: tuple[float, float],
         flops: float,
         wall: Mapping[str, float],
+        salience: tuple[float, ...] = (),
     ) -> TrainReply:
         """The reply after training. `losses`: on the probe batch, before and after."""
         config, request, meter = bench.config, self.request, self.meter
@@ -171,10 +173,10 @@ class Local:
             message = f"the loss became {losses[1]}: the training diverged; try a smaller learning_rate"
             failed = replace(self.report, outcome=FAILED, message=message)
             return TrainReply(request.device, failed, request.structure, {}, None)
-        rank = request.action.lora_rank
-        start = narrow(widen(request.arrays, request.structure, bench.shape), structure, rank, bench.shape)
+        start = narrow(widen(request.arrays, request.structure, bench.shape), structure, config.max_rank, bench.shape)
         upload_arrays = of_sides(arrays, trained_sides(config.trained_factors, request.round))
-        upload = nbytes(upload_arrays) + structure.nbytes + scores_nbytes(scores)
+        upload = _traffic(upload_arrays, structure, scores, config) + FLOAT_BYTES * len(salience)
+        flops += bench.workload.change_flops(request.missed_rank)
         report = replace(
             self.report,
             compute_seconds=meter.compute_seconds(flops, request.action.steps(config.local_iterations)),
@@ -184,6 +186,7 @@ class Local:
             loss_after=losses[1],
             update_norm=update_norm(start, arrays, bench.shape, config.lora_scale),
             rank_after=rank_of(arrays, bench.shape),
+            module_salience=salience,
             wall=wall,
         )
         return TrainReply(request.device, report, structure, upload_arrays, scores)
@@ -203,9 +206,12 @@ def train(request: TrainRequest, own: bool = False) -> TrainReply:
 
 def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
     """Download what the request holds; the reply of a device whose memory is too small for it."""
-    meter = VirtualMeter(device_state(bench.population, bench.config.seed, request.device, request.round))
-    needed = bench.workload.memory_bytes(request.structure, request.action.lora_rank)
-    download = nbytes(request.arrays) + request.structure.nbytes + scores_nbytes(request.scores)
+    config, workload, shape = bench.config, bench.workload, bench.shape
+    meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
+    arrays = completed(request.arrays, known_to(request, config, bench.start, shape), request.structure, shape)
+    needed = workload.memory_bytes(request.structure, workload.mean_rank(ranks_of(arrays, shape)))
+    download = _traffic(request.arrays, request.structure, request.scores, config)
+    download += workload.change_bytes(request.missed_rank)
     report = Report(
         TRAINED,
         examples=len(bench.data.owned[request.device]),
@@ -217,7 +223,6 @@ def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
         message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
         failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
         return TrainReply(request.device, failed, request.structure, {}, None)
-    arrays = completed(request.arrays, bench.start, request.structure, bench.shape)
     return Local(replace(request, arrays=arrays), bench.of_device(request.device), meter, report)
 
 
@@ -265,6 +270,9 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     penalties = [each for each in (near, tail) if each]
     optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm, penalties)
     scorer = SCORERS[config.importance](resident, config.seed) if measures_importance(config, request.round) else None
+    salience = RankSalience(resident) if config.rank_growth > 1.0 else None
+    observers = [each.observe for each in (scorer, salience) if each]
+    ranks = ranks_of(request.arrays, bench.shape)
     flops = 0.0
 
     def before_step(iteration: int) -> None:
@@ -273,12 +281,15 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
         if structure is not None:
             optimizer.cut(structure)
         counts = resident.structure.counts()
-        flops += bench.workload.iteration_flops(counts, request.action.lora_rank)
+        flops += bench.workload.iteration_flops(counts, ranks)
         if isinstance(scorer, TaylorScorer):
             flops += bench.workload.weight_gradient_flops(counts)
 
+    def observe() -> None:
+        for each in observers:
+            each()
+
     try:
-        observe = scorer.observe if scorer else _nothing
         shift = logit_shift(local.data.labels, len(bench.data.classes), config.logit_adjustment)
         batches = bench.training_batches(request.device, request.round, request.action.steps(config.local_iterations))
         tune(resident, optimizer, batches, observe, before_step, watch, shift)
@@ -291,7 +302,9 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     arrays, structure = resident.arrays(), resident.structure
     if tail:
         arrays = tail.dropped(arrays)
-    return local.finished(bench, structure, arrays, scores, (loss_before, loss_after), flops, watch.seconds())
+    measured = salience.values() if salience else ()
+    losses = loss_before, loss_after
+    return local.finished(bench, structure, arrays, scores, losses, flops, watch.seconds(), measured)
 
 
 def probe(request: ProbeRequest) -> Probe:
@@ -306,13 +319,16 @@ def evaluate_device(request: EvaluateRequest, own: bool = False) -> EvaluateRepl
     """Accuracy of a device's own cut model with the given adapters, on the evaluation set. `own`: see `train`."""
     bench = _bench_for(request)
     configure_threads(bench.config.threads)
-    bench.resident.mount(request.structure, request.arrays, merge=True, own=own)
+    arrays = completed(request.arrays, bench.start, request.structure, bench.shape)
+    bench.resident.mount(request.structure, arrays, merge=True, own=own)
     accuracy, loss, _ = evaluate(bench.resident, bench.evaluation_batches(bench.test))
     return EvaluateReply(request.device, len(bench.test), accuracy, loss)
 
 
-def scores_nbytes(scores: Scores | None) -> int:
-    return 0 if scores is None else sum(part.nbytes for layer in scores for part in layer)
+def _traffic(arrays: Arrays, structure: Structure, scores: Scores | None, config: RunConfig) -> int:
+    """Bytes of what is sent; of what was folded into the weights, the workload knows."""
+    sent = nbytes(shared(of_sides(arrays, BOTH), config.trained_factors)) + structure.nbytes
+    return sent + (0 if scores is None else sum(part.nbytes for layer in scores for part in layer))
 
 
 def _bench_for(request: TrainRequest | EvaluateRequest) -> Workbench:
@@ -334,7 +350,3 @@ def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelS
         return None
     start = request.structure.sparsity(shape)
     return start + cut / (cuts - 1) * max(0.0, request.action.pruning_ratio - start)
-
-
-def _nothing() -> None:
-    pass

@@ -114,12 +114,18 @@ class RunConfig:
 
     trained_factors: str = _key(
         "both", "LoRA factors that are trained and uploaded: both, B alone with A as it started (FFA-LoRA), "
-        "or B in odd rounds and A in even ones (RoLoRA)", "both", "b", "alternate",
+        "B in odd rounds and A in even ones (RoLoRA), or both trained and A shared, B and head kept (FedSA-LoRA)",
+        "both", "b", "alternate", "local-b",
     )  # fmt: skip
 
     rank_decay: float = _key(
         1.0, "share of its rank that a device keeps when what lies beyond became smaller (HetLoRA); 1: it keeps all",
         min=0.5, max=1.0,
+    )  # fmt: skip
+
+    rank_growth: float = _key(
+        1.0, "how far the adapters grow, along the sparsity's ramp, in the projections where they matter most (APT)",
+        min=1.0, max=16.0,
     )  # fmt: skip
 
     # pruning
@@ -144,6 +150,10 @@ class RunConfig:
         "product", "how unequal adapters are joined: product space, per coordinate, zero-padded, corrected means "
         "(LoRA-FAIR), zero-padded by norm (HetLoRA), or recovered (FedMP)",
         "product", "coordinate", "zero-pad", "fair", "het", "r2sp",
+    )  # fmt: skip
+    fold: str = _key(
+        "none", "what goes into the frozen weights after a round: nothing, the average product, with new adapters for "
+        "every round (FLoRA), or what the averaged factors miss of it (FedEx-LoRA)", "none", "all", "residual",
     )  # fmt: skip
     average_decay: float = _key(0.75, "weight of the past in the averaged adapters", min=0.0, max=0.999)
     policy: str = _key(
@@ -317,15 +327,28 @@ def _check_together(config: RunConfig) -> None:
             f"fixed_rank = {config.fixed_rank}: must lie between min_rank = {config.min_rank} "
             f"and max_rank = {config.max_rank}"
         )
-    if config.trained_factors != "both" and config.aggregation not in ("coordinate", "zero-pad"):
-        raise ConfigError(
-            f"aggregation = '{config.aggregation}': with trained_factors = '{config.trained_factors}' it must be "
-            "coordinate or zero-pad, which average each factor by itself"
-        )
+    for name, without, needs in _NEEDS:
+        for key, allowed in needs.items():
+            if getattr(config, name) not in without and getattr(config, key) not in allowed:
+                values = " or ".join(str(value) for value in allowed)
+                raise ConfigError(
+                    f"{key} = {getattr(config, key)!r}: with {name} = {getattr(config, name)!r} it must be {values}"
+                )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
     check_levers(config)
 
+
+_FACTORWISE = ("coordinate", "zero-pad")
+_NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
+    ("trained_factors", ("both",), {"aggregation": _FACTORWISE}),
+    ("fold", ("none",), {"aggregation": ("coordinate",), "trained_factors": ("both",), "target_sparsity": (0.0,)}),
+    ("fold", ("none", "residual"), {"policy": ("fixed", "random", "tertile")}),
+    ("fold", ("none", "all"), {"policy": ("fixed",), "rank_decay": (1.0,)}),
+    ("rank_growth", (1.0,), {"policy": ("fixed",), "trained_factors": ("both",), "rank_decay": (1.0,)}),
+    ("rank_growth", (1.0,), {"aggregation": _FACTORWISE, "fold": ("none",)}),
+)
+"""(a key, its values that need nothing, what other keys must be with all its other values)."""
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 

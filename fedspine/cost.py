@@ -39,15 +39,20 @@ class Workload:
     """Importance scores that a device uploads with its adapters."""
     gradient_checkpointing: bool = False
     """Whether the activations inside a layer are computed again in the backward pass."""
+    trained_share: float = 1.0
+    """Of the adapters' values, that are trained: half where one factor is fixed."""
     upload_share: float = 1.0
-    """Of the adapters' values, that are trained and uploaded: half where one factor is fixed."""
+    """Of the adapters' values, that a device sends."""
     download_share: float = 1.0
     """Of the adapters' values, that a device is sent."""
+    head_shared: bool = True
+    """Whether the task head travels."""
 
-    def iteration_flops(self, counts: tuple[tuple[float, float], ...], rank: int) -> float:
+    def iteration_flops(self, counts: tuple[tuple[float, float], ...], rank: int | tuple[int, ...]) -> float:
         """Training FLOPs of one local iteration.
 
-        `counts`: kept (heads, channels) per layer; fractions are allowed for planning.
+        `counts`: kept (heads, channels) per layer; fractions are allowed for planning. `rank`: of all projections, or
+        of each.
         """
         tokens = self.batch_size * self.length
         shape = self.shape
@@ -56,14 +61,15 @@ class Workload:
         for heads, channels in counts:
             base += 2 * tokens * (heads * shape.head_weights + channels * shape.channel_weights)
             base += 4 * tokens * self.length * heads * shape.head_dim
-        for module in shape.modules:
+        ranks = rank if isinstance(rank, tuple) else (rank,) * len(shape.modules)
+        for module, components in zip(shape.modules, ranks, strict=True):
             heads, channels = counts[module.layer]
             kept = (heads if module.unit == "heads" else channels) * module.unit_size
             other = module.d_in if module.axis == "rows" else module.d_out
-            adapters += 2 * tokens * rank * (kept + other)
+            adapters += 2 * tokens * components * (kept + other)
         again = int(self.gradient_checkpointing)
         head = 2 * tokens * shape.hidden * shape.vocabulary
-        return (2 + again) * base + 2 * head + (2 + self.upload_share + again) * adapters
+        return (2 + again) * base + 2 * head + (2 + self.trained_share + again) * adapters
 
     def weight_gradient_flops(self, counts: tuple[tuple[float, float], ...]) -> float:
         """FLOPs that the gradients of the frozen weights add to an iteration: only Taylor scores need them."""
@@ -97,18 +103,38 @@ class Workload:
 
     def download_bytes(self, ratio: Number, rank: Number) -> Number:
         """Of adapters and head, to a device."""
-        return self.adapter_bytes(ratio, rank, self.download_share)
+        return self.adapter_bytes(ratio, rank, self.download_share) - self._unshared_bytes
 
     def upload_bytes(self, ratio: Number, rank: Number) -> Number:
         """Of adapters and head, from a device."""
-        return self.adapter_bytes(ratio, rank, self.upload_share)
+        return self.adapter_bytes(ratio, rank, self.upload_share) - self._unshared_bytes
+
+    def change_bytes(self, rank: int) -> int:
+        """Of a change of the frozen weights that has this rank: as factors, or as a matrix where that is smaller."""
+        return FLOAT_BYTES * sum(min(rank * (m.d_out + m.d_in), m.d_out * m.d_in) for m in self.shape.modules)
+
+    def change_flops(self, rank: int) -> int:
+        """FLOPs of adding it: of the product of the factors, or of a sum of matrices."""
+        return sum(
+            m.d_out * m.d_in * (2 * rank if rank * (m.d_out + m.d_in) < m.d_out * m.d_in else 1)
+            for m in self.shape.modules
+        )
+
+    def mean_rank(self, ranks: tuple[int, ...]) -> float:
+        """The rank at which all projections together have as many values as each at its own."""
+        sizes = [module.d_out + module.d_in for module in self.shape.modules]
+        return sum(rank * size for rank, size in zip(ranks, sizes, strict=True)) / sum(sizes)
+
+    @property
+    def _unshared_bytes(self) -> int:
+        return 0 if self.head_shared else self.shape.head_bytes
 
     @property
     def structure_bytes(self) -> int:
         """Bytes of a structure on the wire."""
         return self.shape.layers * ((self.shape.heads + 7) // 8 + (self.shape.channels + 7) // 8)
 
-    def memory_bytes(self, structure: Structure, rank: int) -> float:
+    def memory_bytes(self, structure: Structure, rank: float) -> float:
         """Training memory: weights, adapters with gradient and two Adam moments, activations.
 
         Activations per layer are about 17 values per token and hidden unit (scaled by what is kept), plus the
@@ -122,12 +148,12 @@ class Workload:
         shape, keep = self.shape, 1.0 - ratio
         return self._memory(((keep * shape.heads, keep * shape.channels),) * shape.layers, ratio, rank)
 
-    def _memory(self, counts: tuple[tuple[float, float], ...], sparsity: float, rank: int) -> float:
+    def _memory(self, counts: tuple[tuple[float, float], ...], sparsity: float, rank: float) -> float:
         """With these (heads, channels) left per layer, which is `sparsity` of the prunable parameters cut."""
         shape = self.shape
         tokens = self.batch_size * self.length
         weights = FLOAT_BYTES * (shape.total_parameters - sparsity * shape.prunable_parameters)
-        adapters = self.adapter_bytes(sparsity, rank) + 3 * self.upload_bytes(sparsity, rank)
+        adapters = self.adapter_bytes(sparsity, rank) + 3 * self.adapter_bytes(sparsity, rank, self.trained_share)
         inside = [self._values_in_layer(heads, channels) for heads, channels in counts]
         values = shape.layers * shape.hidden + max(inside) if self.gradient_checkpointing else sum(inside)
         values += 2 * shape.vocabulary  # logits and their gradient
@@ -166,6 +192,7 @@ class Workload:
 def workload_of(config: RunConfig, shape: ModelShape) -> Workload:
     """The cost formulas of a run."""
     scores = FLOAT_BYTES * shape.layers * (shape.heads + shape.channels) if config.target_sparsity > 0 else 0
+    factors = config.trained_factors
     return Workload(
         shape,
         config.local_iterations,
@@ -173,6 +200,8 @@ def workload_of(config: RunConfig, shape: ModelShape) -> Workload:
         config.max_length,
         scores,
         config.gradient_checkpointing,
-        upload_share=1.0 if config.trained_factors == "both" else 0.5,
-        download_share=0.5 if config.trained_factors == "b" else 1.0,
+        trained_share=0.5 if factors in ("b", "alternate") else 1.0,
+        upload_share=1.0 if factors == "both" else 0.5,
+        download_share=0.0 if config.fold == "all" else 0.5 if factors in ("b", "local-b") else 1.0,
+        head_shared=factors != "local-b",
     )

@@ -29,8 +29,9 @@ from fedspine.config import RunConfig, load_config
 from fedspine.data.encode import evaluation_batches
 from fedspine.data.language import prompt_text
 from fedspine.errors import CheckpointError, ConfigError
-from fedspine.federation import ServerState
+from fedspine.final import device_arrays
 from fedspine.lora.adapters import narrow
+from fedspine.lora.factors import completed
 from fedspine.model import load_base, load_tokenizer, model_source
 from fedspine.onnx_file import check_onnx, save_onnx
 from fedspine.report.card import Exported, Measured, card, shown_name
@@ -38,6 +39,7 @@ from fedspine.report.records import write_atomically
 from fedspine.run_directory import free_directory
 from fedspine.structure import Structure
 from fedspine.training import evaluate, tensors
+from fedspine.types import Arrays
 
 REPEATS = 15
 """Forward passes of each model whose latency is measured."""
@@ -63,7 +65,8 @@ def export(
     """Write the tuned and cut model of a run directory into the new folder `out`, with a model card, in float32.
 
     `device`: the number of the device whose own cut model it is; None for the global model, which is cut to the
-    structure that the devices agree on. The adapters are the averaged ones, at the server's rank.
+    structure that the devices agree on. The adapters are the averaged ones, at the server's rank; of a device that
+    has some of its own, these.
     `merge`: fold the adapters into the weights; otherwise they are a PEFT adapter in `out`/adapter.
     `onnx`: write model.onnx too, in any case with the adapters folded in.
 
@@ -79,16 +82,22 @@ def export(
     workbench.cache_clear()  # files may have changed since the last run of this process
     bench = workbench(replace(config, dtype="float32", torch_device="cpu").to_json())
     state = load_state(directory, config, bench.shape)
-    structure = state.consensus if device is None else state.structures.get(device, Structure.full(bench.shape))
+    if device is None:
+        structure = state.consensus
+        arrays: Arrays = narrow(state.averaged, structure, config.max_rank, bench.shape)
+    else:
+        structure = state.structures.get(device, Structure.full(bench.shape))
+        arrays = device_arrays(config, state, device, structure, bench.shape)
+        arrays = completed(arrays, bench.start, structure, bench.shape)
     with _staged(target) as folder:
-        stock = _write(bench, state, structure, merge, folder)
+        stock = _write(bench, arrays, structure, merge, folder)
         model: Any = load_model(folder)
         if not merge:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name of the past
                 model = PeftModel.from_pretrained(model, str(folder / ADAPTER)).eval()
         if onnx:
-            _write_onnx(bench, state, structure, folder)
+            _write_onnx(bench, arrays, structure, folder)
         measured = _measured(bench, model, sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
         tokenizer = load_tokenizer(config)
         exported = Exported(
@@ -147,28 +156,26 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _mounted(bench: Workbench, state: ServerState, structure: Structure, merge: bool) -> dict[str, torch.Tensor]:
-    """The weights of the cut model, with the adapters folded in or not."""
-    arrays = narrow(state.averaged, structure, bench.config.max_rank, bench.shape)
+def _mounted(bench: Workbench, arrays: Arrays, structure: Structure, merge: bool) -> dict[str, torch.Tensor]:
+    """The weights of the cut model, with the adapters (narrow) folded in or not."""
     bench.resident.mount(structure, arrays, merge=merge)
     return bench.resident.weights()
 
 
-def _write(bench: Workbench, state: ServerState, structure: Structure, merge: bool, folder: Path) -> bool:
+def _write(bench: Workbench, arrays: Arrays, structure: Structure, merge: bool, folder: Path) -> bool:
     """Weights, configuration, tokenizer and adapter; whether transformers can read them by itself."""
     config = bench.config
-    weights = _mounted(bench, state, structure, merge)
+    weights = _mounted(bench, arrays, structure, merge)
     base, generation = shown_name(config.model), _generation(config)
     stock = save_model(folder, weights, _settings(bench), config.task, structure.counts(), base, generation)
     load_tokenizer(config).save_pretrained(folder)
     if not merge:
-        arrays = narrow(state.averaged, structure, config.max_rank, bench.shape)
         save_adapter(folder / ADAPTER, arrays, weights, bench.shape, config.lora_scale, config.task)
     return stock
 
 
-def _write_onnx(bench: Workbench, state: ServerState, structure: Structure, folder: Path) -> None:
-    weights = _mounted(bench, state, structure, merge=True)
+def _write_onnx(bench: Workbench, arrays: Arrays, structure: Structure, folder: Path) -> None:
+    weights = _mounted(bench, arrays, structure, merge=True)
     model = assembled(weights, _settings(bench), bench.config.task, structure.counts())
     longest = bench.test.take(np.resize(np.argsort(-bench.test.lengths, kind="stable"), 5))  # rows repeat if too few
     batches = [*evaluation_batches(longest, 3, bench.pad_id), *evaluation_batches(_median_row(bench), 1, bench.pad_id)]

@@ -17,16 +17,19 @@ from functools import cache
 from typing import Protocol
 
 from fedspine.aggregation import RULES
+from fedspine.aggregation.fold import folded, missed_ranks
+from fedspine.aggregation.personal import kept_by_devices, own_part
 from fedspine.aggregation.product import average
 from fedspine.aggregation.update import Update
 from fedspine.config import RunConfig
 from fedspine.controller.cohort import Fleet, choose_devices
 from fedspine.controller.policy import Policy, rank_grid
+from fedspine.controller.rank_budget import allotted, awakened, for_rank
 from fedspine.controller.reward import reward_pulls
 from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import Workload
-from fedspine.lora.adapters import narrow
-from fedspine.lora.factors import completed, of_sides, restored, sent_sides, trained_sides
+from fedspine.lora.adapters import narrow, ranks_of
+from fedspine.lora.factors import completed, restored, sent, trained_sides
 from fedspine.pruning.scoreboard import pruning_scores, update_own, update_shared
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose
@@ -88,6 +91,8 @@ class ServerState:
     """By device; a device that was never cut is absent."""
     shared_scores: Scores | None = None
     own_scores: dict[int, Scores] = field(default_factory=dict)
+    local: dict[int, Arrays] = field(default_factory=dict)
+    """By device, what it keeps to itself (`aggregation/personal.py`): held for it, as this is a simulation."""
 
 
 @dataclass(frozen=True)
@@ -164,15 +169,18 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
         candidates.append(Candidate(device, ratio, low, high, ranks, known))
     key = (config.seed, round, 0, int(Purpose.POLICY))
     actions = federation.policy.suggest(round, candidates, pulls, key)
-    sent = sent_sides(config.trained_factors)
+    grows = config.rank_growth > 1.0
+    grown = allotted(config, records, shape) if grows else ()
+    arrays = awakened(state.arrays, config, round, shape) if grows else state.arrays
 
     @cache  # one for equal devices
     def adapters(structure: Structure, rank: int) -> Arrays:
-        return of_sides(narrow(state.arrays, structure, rank, shape), sent)
+        return sent(narrow(arrays, structure, for_rank(grown, rank, config) if grows else rank, shape), config)
 
+    missed = missed_ranks(config.fold, records, devices)
     requests = tuple(
-        _request(federation, state, round, device, action, structure, took_part[device], adapters)
-        for device, action, structure in zip(devices, actions, structures, strict=True)
+        _request(federation, state, round, device, action, structure, took_part[device], adapters, behind)
+        for device, action, structure, behind in zip(devices, actions, structures, missed, strict=True)
     )
     return RoundPlan(
         round, floor_ratio(config, round), requests, tuple(before), tuple(probes), {} if records else called
@@ -202,9 +210,11 @@ def finish_round(
         for reply in trained
     ]
     joined = RULES[config.aggregation](state.arrays, updates, shape)
-    arrays = restored(joined, state.arrays, trained_sides(config.trained_factors, plan.round))
+    joined = restored(joined, state.arrays, trained_sides(config.trained_factors, plan.round))
+    arrays = folded(config.fold, state.arrays, joined, updates, shape)
     decay = min(config.average_decay, (1 + state.round) / (10 + state.round))  # young averages forget the start faster
     averaged = average(state.averaged, arrays, decay, shape) if state.round else arrays
+    devices = [reply.device for reply in trained]
     scored = [(reply.device, reply.structure, reply.scores) for reply in trained if reply.scores is not None]
     shared = update_shared(state.shared_scores, [(structure, scores) for _, structure, scores in scored])
     own = dict(state.own_scores)
@@ -221,6 +231,7 @@ def finish_round(
         structures=state.structures | {reply.device: reply.structure for reply in trained},
         shared_scores=shared,
         own_scores=own,
+        local=state.local | kept_by_devices(config.trained_factors, state.arrays, devices, updates, shape),
     )
     return new_state, _record(federation, records, plan, replies)
 
@@ -281,6 +292,7 @@ def _request(
     structure: Structure,
     participations: int,
     adapters: Callable[[Structure, int], Arrays],
+    missed_rank: int,
 ) -> TrainRequest:
     config, shape = federation.config, federation.shape
     cuts = config.cuts_in(action.steps(config.local_iterations))
@@ -289,14 +301,17 @@ def _request(
         before = structure.sparsity(shape)
         first = before + (action.pruning_ratio - before) / cuts
         structure = select(structure, scores, first, shape, config.layer_budget)
+    rank = action.lora_rank
+    own = own_part(state.local, device, state.arrays, structure, rank, shape)
     return TrainRequest(
         round=round,
         device=device,
         action=action,
         structure=structure,
-        arrays=adapters(structure, action.lora_rank),
+        arrays={**adapters(structure, rank), **own},
         scores=scores if cuts > 1 else None,
         settings=config.to_json(),
+        missed_rank=missed_rank,
     )
 
 
@@ -323,8 +338,8 @@ def _record(
     for request, reply, before, probe in zip(plan.requests, replies, plan.ratios_before, plan.probes, strict=True):
         trained = reply.report.outcome == TRAINED
         after = reply.structure.sparsity(shape) if trained else before
-        flops = federation.workload.planned_flops(after, request.action.lora_rank)
-        flops *= federation.workload.share(request.action)
+        rank = federation.workload.mean_rank(ranks_of(request.arrays, shape)) or request.action.lora_rank
+        flops = federation.workload.planned_flops(after, rank) * federation.workload.share(request.action)
         pulls.append(Pull(plan.round, request.device, request.action, before, after, reply.report, flops, probe))
     past = [pull for record in records for pull in record.pulls]
     rewarded = reward_pulls(config.reward, config.target_sparsity, past, pulls)

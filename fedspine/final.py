@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedspine.aggregation.personal import own_part
+from fedspine.config import RunConfig
 from fedspine.federation import Federation, ServerState
 from fedspine.lora.adapters import narrow
+from fedspine.lora.factors import LOCAL_B, sent
 from fedspine.pruning.scoreboard import pruning_scores
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
-from fedspine.structure import Structure
-from fedspine.types import TRAINED, EvaluateReply, EvaluateRequest, RoundRecord
+from fedspine.structure import ModelShape, Structure
+from fedspine.types import TRAINED, Arrays, EvaluateReply, EvaluateRequest, RoundRecord
 
 
 def prune_everyone(federation: Federation, state: ServerState, records: Sequence[RoundRecord]) -> ServerState:
@@ -31,23 +34,37 @@ def prune_everyone(federation: Federation, state: ServerState, records: Sequence
     return replace(state, structures=structures, consensus=consensus)
 
 
-def evaluate_devices(federation: Federation, state: ServerState) -> list[EvaluateReply]:
-    """The devices' own cut models with the averaged adapters, at the server's rank; replies by device.
+def device_arrays(
+    config: RunConfig, state: ServerState, device: int, structure: Structure, shape: ModelShape
+) -> Arrays:
+    """What a device ends with (narrow, at the server's rank): the averaged adapters and head.
 
-    At most `eval_devices` of them. The evaluation set is the same for all, so devices that keep the same structure are
-    evaluated once.
+    Where B and head are a device's own, these with the last A of all; what it has not got is missing.
+    """
+    if config.trained_factors != LOCAL_B:
+        return narrow(state.averaged, structure, config.max_rank, shape)
+    common = sent(narrow(state.arrays, structure, config.max_rank, shape), config)
+    return {**common, **own_part(state.local, device, state.arrays, structure, config.max_rank, shape)}
+
+
+def evaluate_devices(federation: Federation, state: ServerState) -> list[EvaluateReply]:
+    """The devices' own cut models as they end, see `device_arrays`; replies by device.
+
+    At most `eval_devices` of them. The evaluation set is the same for all, so devices that keep the same structure, and
+    have nothing else of their own, are evaluated once.
     """
     config, shape = federation.config, federation.shape
     wanted = min(config.eval_devices or config.devices, config.devices)
     rng = generator(config.seed, 0, 0, Purpose.EVALUATE_DEVICES)
     devices = sorted(rng.choice(config.devices, wanted, replace=False).tolist())
-    structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
-    first = {structure: device for device, structure in zip(reversed(devices), reversed(structures), strict=True)}
+    whole = Structure.full(shape)
+    models = [(state.structures.get(one, whole), one if one in state.local else None) for one in devices]
+    first = {model: device for device, model in zip(reversed(devices), reversed(models), strict=True)}
     requests = [
         EvaluateRequest(
-            state.round, device, structure, narrow(state.averaged, structure, config.max_rank, shape), config.to_json()
+            state.round, device, structure, device_arrays(config, state, device, structure, shape), config.to_json()
         )
-        for structure, device in first.items()
+        for (structure, _), device in first.items()
     ]
     done = 0
 
@@ -57,4 +74,4 @@ def evaluate_devices(federation: Federation, state: ServerState) -> list[Evaluat
         federation.observer.evaluating(done, len(requests))
 
     replies = dict(zip(first, federation.exchange.evaluate(requests, count), strict=True))
-    return [replace(replies[structure], device=device) for device, structure in zip(devices, structures, strict=True)]
+    return [replace(replies[model], device=device) for device, model in zip(devices, models, strict=True)]

@@ -30,10 +30,17 @@ from fedspine.stopwatch import Stopwatch
 from fedspine.training import tensors
 from fedspine.types import Scores, TrainReply, TrainRequest
 
+_LACKS = (
+    ("proximal", 0, "no terms beside the loss"),
+    ("rank_decay", 1, "no terms beside the loss"),
+    ("rank_growth", 1, "one rank for all projections of a device"),
+)
+"""(key, value without it, what a shared batch has instead)."""
+
 
 def groupable(config: RunConfig) -> bool:
     """Whether devices can share a batch: of a classifier, without penalties, and the importance measured on it."""
-    if config.task != "classification" or config.proximal or config.rank_decay < 1.0:
+    if config.task != "classification" or any(getattr(config, key) != none for key, none, _ in _LACKS):
         return False
     return config.importance == "fisher" or config.target_sparsity == 0
 
@@ -42,10 +49,10 @@ def check_groupable(config: RunConfig) -> None:
     """Errors: `ConfigError` for a task, a penalty or an importance that a shared batch does not have."""
     if config.task != "classification":
         raise ConfigError(f"task = '{config.task}': engine = 'grouped' trains classifiers; use engine inline or ray")
-    for key, none in (("proximal", 0), ("rank_decay", 1)):
+    for key, none, what in _LACKS:
         if getattr(config, key) != none:
             raise ConfigError(
-                f"{key} = {getattr(config, key)}: engine = 'grouped' has no terms beside the loss; use engine inline "
+                f"{key} = {getattr(config, key)}: engine = 'grouped' has {what}; use engine inline "
                 f"or ray, or {key} = {none}"
             )
     if not groupable(config):

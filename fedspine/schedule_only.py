@@ -131,6 +131,9 @@ class _Scheduler:
     """A federation whose devices are a clock and a surface."""
 
     def __init__(self, config: RunConfig, surface: Surface) -> None:
+        for key, none in (("fold", "none"), ("rank_growth", 1.0)):
+            if (value := getattr(config, key)) != none:
+                raise ConfigError(f"{key} = {value!r}: what this costs follows from training; use fedspine simulate")
         self.config, self.surface = config, surface
         shape = minilm_shape(config)
         check_reachable(config.target_sparsity, shape)

@@ -162,7 +162,17 @@ class _Run:
     peak: PeakMemory
 
     def check(self) -> None:
-        """Errors: `ModelError` when the target sparsity cannot be reached, or answers cannot be measured."""
+        """Errors: `ModelError` when the target sparsity cannot be reached, or answers cannot be measured.
+
+        `ConfigError` in a deployment of a method whose devices keep something between rounds.
+        """
+        for key, stateless in (("fold", "none"), ("trained_factors", "both")):
+            value = getattr(self.config, key)
+            if self.engine == "deployment" and value in ("all", "residual", "local-b"):
+                raise ConfigError(
+                    f"{key} = '{value}': what a device keeps between rounds is kept by the server of a simulation; "
+                    f"in a deployment use {key} = '{stateless}', or simulate"
+                )
         check_reachable(self.config.target_sparsity, self.bench.shape)
         if self.config.generate_examples:
             check_metrics(self.bench.data)
@@ -197,11 +207,12 @@ class _Run:
         return RunPlan(
             config=config,
             device_types=self._device_types(),
-            trainable_parameters=int(workload.upload_bytes(0.0, config.max_rank) / 4),
+            trainable_parameters=int(workload.adapter_bytes(0.0, config.max_rank, workload.trained_share) / 4),
             prunable_parameters=bench.shape.prunable_parameters,
             total_parameters=bench.shape.total_parameters,
             smallest_message_bytes=int(workload.upload_bytes(config.target_sparsity, config.min_rank)),
-            largest_message_bytes=int(workload.adapter_bytes(0.0, config.max_rank)),
+            largest_message_bytes=int(workload.adapter_bytes(0.0, config.max_rank))
+            + (workload.change_bytes(2**30) if config.fold != "none" else 0),  # in the end as whole matrices
             device_memory_bytes=int(workload.memory_bytes(full, config.max_rank)),
             expected_wall_seconds=self._expected_wall_seconds(),
             engine=self.engine,

@@ -17,7 +17,8 @@ from fedspine.structure import Structure
 
 Array = NDArray[np.float32]
 Arrays = Mapping[str, Array]
-"""Adapter and head tensors by wire name: `<module>.A` [rank, d_in], `<module>.B` [d_out, rank], `head.<parameter>`."""
+"""Adapter and head tensors by wire name: `<module>.A` [rank, d_in], `<module>.B` [d_out, rank], `head.<parameter>`;
+`<module>.W` [d_out, d_in], what was folded into the frozen weight."""
 
 Scores = tuple[tuple[Array, Array], ...]
 """Importance per layer: (per head [heads], per FFN channel [channels]), in base-model numbering; 0 where cut."""
@@ -95,7 +96,9 @@ class Report:
     wall: Mapping[str, float] = field(default_factory=dict)
     """Wall time of the local work on the machine that did it: `seconds` in all, and by part."""
     rank_after: int = 0
-    """Of the adapters that came back: that of the action, or less where the device dropped components itself."""
+    """Of the adapters that came back, the largest: that of the action, or less where the device dropped components."""
+    module_salience: tuple[float, ...] = ()
+    """How much the adapters of each projection matter, where ranks follow it (`controller/rank_budget.py`)."""
 
     @property
     def seconds(self) -> float:
@@ -164,6 +167,8 @@ class TrainRequest:
     """Importance to cut by inside the round; None when the round has no further cut."""
     settings: str
     """The run's complete configuration as JSON."""
+    missed_rank: int = 0
+    """Summed rank of what was folded into the frozen weights since the device last had a request."""
 
 
 @dataclass(frozen=True)

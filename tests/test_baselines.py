@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedspine import federation
 from fedspine.aggregation import RULES, Update
-from fedspine.checkpoint import FILE
+from fedspine.checkpoint import FILE, load_state
 from fedspine.client_round import begin, train, workbench
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError
+from fedspine.exporting import export
 from fedspine.group_round import train_group
 from fedspine.lora.adapters import narrow, nbytes
-from fedspine.lora.factors import completed, of_sides, restored, trained_sides
+from fedspine.lora.factors import completed, of_sides, restored, sent, trained_sides
 from fedspine.methods import METHODS, SOURCES
 from fedspine.report.observer import Silent
-from fedspine.simulation import simulate
+from fedspine.schedule_only import schedule
+from fedspine.simulation import run_server, simulate
 from fedspine.structure import Structure
+from fedspine.training import evaluate
 from fedspine.types import TRAINED, Action, Arrays, RoundRecord, TrainReply, TrainRequest
 from tests.small_run import KEYS, rounds, write_data, write_model
 from tests.tiny import even_structure
@@ -143,7 +148,7 @@ def test_every_preset_trains_resumes_and_repeats(
     assert whole.keys() == again.keys()
     assert all((whole[name] == again[name]).all() for name in whole)
     start = workbench(RunConfig.from_values(given).to_json()).start
-    assert any((array != start[name]).any() for name, array in start_of(tmp_path / "whole").items())
+    assert any((array != start.get(name, 0)).any() for name, array in start_of(tmp_path / "whole").items())
     assert all(pull.report.outcome == TRAINED for record in result.records for pull in record.pulls)
     target = RunConfig.from_values(given).target_sparsity
     assert result.summary["device_accuracy_mean"] > 0
@@ -166,18 +171,180 @@ def test_a_device_goes_on_at_the_rank_that_it_kept(keys: dict[str, Any], tmp_pat
     assert any(pull.report.rank_after == pull.action.lora_rank / 2 for pull in pulls)
 
 
-@pytest.mark.parametrize("method", ["ffa-lora", "rolora"])
+@pytest.mark.parametrize("method", ["ffa-lora", "rolora", "flora", "fedex-lora", "fedsa-lora"])
 def test_a_shared_batch_trains_the_same_factor(keys: dict[str, Any], method: str) -> None:
     config = RunConfig.from_values({**keys, "method": method})
     bench = workbench(config.to_json())
-    arrays = narrow(bench.start, Structure.full(bench.shape), 8, bench.shape)
-    sent = of_sides(arrays, "B" if method == "ffa-lora" else "AB")
+    shape, full = bench.shape, Structure.full(bench.shape)
+    rng = np.random.default_rng(0)
+    folded = {f"{m.name}.W": 0.02 * rng.normal(size=(m.d_out, m.d_in)).astype(np.float32) for m in shape.modules}
+    whole = narrow({**bench.start, **(folded if config.fold != "none" else {})}, full, 8, shape)
     requests = [
-        TrainRequest(1, device, Action(0.0, 8), Structure.full(bench.shape), sent, None, config.to_json())
+        TrainRequest(2, device, Action(0.0, 8), full, sent(whole, config), None, config.to_json(), missed_rank=5)
         for device in (0, 1)
     ]
     for ours, theirs in zip(train_group(requests), map(train, requests), strict=True):
         assert ours.arrays.keys() == theirs.arrays.keys()
         assert ours.report.upload_bytes == theirs.report.upload_bytes
+        assert ours.report.compute_seconds == theirs.report.compute_seconds
+        assert ours.report.loss_before == pytest.approx(theirs.report.loss_before, rel=1e-4)
         for name, array in theirs.arrays.items():
             np.testing.assert_allclose(ours.arrays[name], array, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["fixed", "tertile"])
+def test_flora_downloads_what_a_device_missed(keys: dict[str, Any], tmp_path: Path, policy: str) -> None:
+    """Record by record, by hand: the head, and the factors of all rounds since, or the matrices if they are smaller."""
+    ranks = {"min_rank": 1, "fixed_rank": 1, "max_rank": 4}
+    given = {**keys, **ranks, "method": "flora", "policy": policy, "devices": 5, "sampled": 2, "rounds": 5}
+    bench = workbench(RunConfig.from_values(given).to_json())
+    records = simulate(out=tmp_path / "run", **given).records
+    shape, fixed = bench.shape, bench.shape.head_bytes + Structure.full(bench.shape).nbytes
+    missed = dict.fromkeys(range(5), 0)
+    seen, chosen = set(), set()
+    for record in records:
+        for pull in record.pulls:
+            rank = missed[pull.device]
+            matrices = [
+                4 * min(rank * (module.d_out + module.d_in), module.d_out * module.d_in) for module in shape.modules
+            ]
+            assert pull.report.download_bytes == sum(matrices) + fixed
+            factors = 4 * pull.action.lora_rank * sum(module.d_out + module.d_in for module in shape.modules)
+            assert pull.report.upload_bytes == factors + fixed
+            seen.add(rank)
+            chosen.add(pull.action.lora_rank)
+            missed[pull.device] = 0
+        for device in missed:
+            missed[device] += sum(pull.action.lora_rank for pull in record.pulls)
+    assert len(seen) > 2
+    assert chosen == ({1} if policy == "fixed" else {1, 2, 4})
+
+
+def test_flora_draws_its_adapters_anew(keys: dict[str, Any], tmp_path: Path) -> None:
+    """On every device and in every round others, of which nothing was sent; B is zero, so that nothing changes."""
+    config = RunConfig.from_values({**keys, "method": "flora"})
+    bench = workbench(config.to_json())
+    full = Structure.full(bench.shape)
+    request = TrainRequest(
+        1, 0, Action(0.0, 4), full, sent(narrow(bench.start, full, 4, bench.shape), config), None, config.to_json()
+    )
+    assert all(name.startswith("head.") for name in request.arrays)
+    drawn = []
+    for round, device in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        local = begin(replace(request, round=round, device=device), bench)
+        assert not isinstance(local, TrainReply)
+        drawn.append(local.request.arrays)
+    name = bench.shape.modules[0].name
+    first, *others, again = (arrays[f"{name}.A"] for arrays in drawn)
+    assert first.shape == (4, bench.shape.modules[0].d_in)
+    assert (first == again).all()
+    assert all((first != other).any() for other in others)
+    assert not any(array.any() for arrays in drawn for key, array in arrays.items() if key.endswith(".B"))
+
+
+def test_only_a_leaves_a_device(keys: dict[str, Any], tmp_path: Path) -> None:
+    """FedSA-LoRA: half of the adapters and no head travel, A is averaged, and everybody goes on with a B of its own."""
+    given = {**keys, "method": "fedsa-lora", "devices": 4, "sampled": 3, "rounds": 3, "learning_rate": 1e-3}
+    run = simulate(out=tmp_path / "run", **given)
+    config = RunConfig.from_values(given)
+    bench = workbench(config.to_json())
+    shape, full = bench.shape, Structure.full(bench.shape)
+    of_a = 4 * config.fixed_rank * sum(module.d_in for module in shape.modules)
+    for record in run.records:
+        for pull in record.pulls:
+            assert pull.report.upload_bytes == pull.report.download_bytes == of_a + full.nbytes
+    state = load_state(run.directory, config, shape)
+    seen = {pull.device for record in run.records for pull in record.pulls}
+    assert state.local.keys() == seen
+    parts = [state.local[device] for device in sorted(seen)]
+    assert not any(name.endswith(".A") for name in parts[0])
+    assert {"head.weight", "head.bias"} <= parts[0].keys()
+    for name in parts[0]:
+        assert all((one[name] != other[name]).any() for one, other in pairwise(parts))
+
+
+def test_a_device_goes_on_with_its_own_b(keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next request holds the B and the head that it had, and the A of all; at the end that is its model."""
+    given = {**keys, "method": "fedsa-lora", "devices": 3, "sampled": 2, "rounds": 4}
+    asked: list[TrainRequest] = []
+    answered: list[TrainReply] = []
+    exchange = federation._exchange
+
+    def listen(federation: Any, plan: Any) -> list[TrainReply]:
+        replies = exchange(federation, plan)
+        asked.extend(plan.requests)
+        answered.extend(replies)
+        return replies
+
+    monkeypatch.setattr(federation, "_exchange", listen)
+    run = simulate(out=tmp_path / "run", **given)
+    own: dict[int, Arrays] = {}
+    common: dict[int, Arrays] = {}
+    for request, reply in zip(asked, answered, strict=True):
+        of_a = {name for name in request.arrays if name.endswith(".A")}
+        for name, array in own.get(request.device, {}).items():
+            assert name in of_a or (request.arrays[name] == array).all()
+        assert request.device in own or request.arrays.keys() == of_a
+        before = common.setdefault(request.round, request.arrays)
+        assert all((request.arrays[name] == before[name]).all() for name in of_a)
+        own[request.device] = reply.arrays
+    config = RunConfig.from_values(given)
+    bench = workbench(config.to_json())
+    shape, full = bench.shape, Structure.full(bench.shape)
+    state = load_state(run.directory, config, shape)
+    accuracies = []
+    for device in range(3):
+        arrays = {**narrow(bench.start, full, 16, shape), **{k: v for k, v in state.arrays.items() if k[-2:] == ".A"}}
+        for name, array in own.get(device, {}).items():
+            if name.endswith(".B"):
+                arrays[name] = np.pad(array, ((0, 0), (0, 16 - array.shape[1])))
+            elif name.startswith("head."):
+                arrays[name] = array
+        bench.resident.mount(full, arrays, merge=True)
+        accuracies.append(evaluate(bench.resident, bench.evaluation_batches(bench.test))[0])
+        exported = export(run.directory, out=tmp_path / f"model-{device}", device=device, merge=True)
+        assert exported.measured.accuracy == pytest.approx(accuracies[-1])
+        bench = workbench(config.to_json())
+    assert run.summary["device_accuracy_mean"] == pytest.approx(np.mean(accuracies))
+    assert run.summary["device_accuracy_min"] == min(accuracies)
+
+
+def test_own_parts_are_cut_too(keys: dict[str, Any], tmp_path: Path) -> None:
+    """FedSA-LoRA on pruned devices: B on the rows that are left."""
+    given = {**keys, "method": "fedsa-lora", "target_sparsity": 0.4, "rounds": 4, "devices": 4, "local_iterations": 2}
+    run = simulate(out=tmp_path / "run", **given)
+    assert all(pull.report.outcome == TRAINED for record in run.records for pull in record.pulls)
+    assert run.summary["sparsity_prunable"] == pytest.approx(0.4, abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_has_what_was_folded(keys: dict[str, Any], tmp_path: Path, method: str, merge: bool) -> None:
+    run = simulate(out=tmp_path / "run", **keys, method=method)
+    config = RunConfig.from_values({**keys, "method": method})
+    bench = workbench(config.to_json())
+    state = load_state(run.directory, config, bench.shape)
+    assert any(array.any() for name, array in state.arrays.items() if name.endswith(".W"))
+    bench.resident.mount(state.consensus, narrow(state.averaged, state.consensus, 16, bench.shape), merge=True)
+    _, loss, _ = evaluate(bench.resident, bench.evaluation_batches(bench.test))
+    measured = export(run.directory, out=tmp_path / "model", merge=merge).measured
+    assert measured.loss == pytest.approx(loss, rel=1e-4)
+    assert measured.accuracy == run.summary["smoothed_accuracy"]
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex-lora", "fedsa-lora"])
+def test_a_deployment_is_refused(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The simulation keeps for a device what a real one would have to keep itself."""
+    monkeypatch.chdir(tmp_path)
+    exchange: Any = None
+    with pytest.raises(ConfigError, match=r"what a device keeps between rounds is kept by the server of a simulation"):
+        run_server(RunConfig.from_values({**keys, "method": method}), exchange)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_scheduler_alone_does_not_know_what_is_folded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fold = 'all': what this costs follows from training"):
+        schedule(out=tmp_path / "run", method="flora")
+    assert schedule(out=tmp_path / "run", method="fedsa-lora", rounds=2).summary["rounds"] == 2

@@ -32,11 +32,15 @@ RANKS = {
     "min_rank": {"max_rank": 1024, "fixed_rank": 1024},
     "max_rank": {"min_rank": 1, "fixed_rank": 1},
     "fixed_rank": {"min_rank": 1, "max_rank": 1024},
+    "rank_growth": {"policy": "fixed", "aggregation": "zero-pad"},
 }
-"""Values of the other ranks that any bound of this one goes with."""
+"""Values of other keys that any bound of this one goes with."""
 
 
-BESIDE = {"trained_factors": {"aggregation": "coordinate"}}
+BESIDE = {
+    "trained_factors": {"aggregation": "coordinate"},
+    "fold": {"policy": "fixed", "aggregation": "coordinate", "target_sparsity": 0.0},
+}
 """Values of other keys that any choice of this one goes with."""
 
 
@@ -289,6 +293,23 @@ def test_every_choice_is_taken(field: dataclasses.Field[Any]) -> None:
         ({"fixed_rank": 2}, "fixed_rank = 2: must lie between min_rank = 4 and max_rank = 16"),
         ({"max_rank": 6}, "fixed_rank = 8: must lie between min_rank = 4 and max_rank = 6"),
         ({"warmup_ratio": 0.6}, "warmup_ratio = 0.6: must be below ramp_ratio = 0.6"),
+        (
+            {"method": "flora", "target_sparsity": 0.5},
+            "target_sparsity = 0.5: with fold = 'all' it must be 0.0",
+        ),
+        (
+            {"method": "flora", "policy": "time-model"},
+            "policy = 'time-model': with fold = 'all' it must be fixed or random or tertile",
+        ),
+        ({"method": "fedex-lora", "policy": "tertile"}, "policy = 'tertile': with fold = 'residual' it must be fixed"),
+        (
+            {"method": "fedex-lora", "aggregation": "zero-pad"},
+            "aggregation = 'zero-pad': with fold = 'residual' it must be coordinate",
+        ),
+        (
+            {"method": "fedsa-lora", "aggregation": "product"},
+            "aggregation = 'product': with trained_factors = 'local-b' it must be coordinate or zero-pad",
+        ),
     ],
 )
 def test_values_that_do_not_go_together(values: dict[str, Any], expected: str) -> None:

@@ -101,6 +101,18 @@ def test_bytes_both_ways() -> None:
     assert WORKLOAD.planned_bytes(0.5, 4) == 2 * (nbytes(arrays) + HALF.nbytes) + scores
 
 
+def test_a_change_of_the_weights_is_sent_the_smaller_way() -> None:
+    """3 attention matrices of 24 x 24 and 2 of 24 x 32 in 2 layers: as factors below rank 12, and 13.7."""
+    square, oblong = 24 * 24, 24 * 32
+    assert WORKLOAD.change_bytes(4) == 4 * 2 * 4 * (3 * (24 + 24) + 2 * (24 + 32))
+    assert WORKLOAD.change_flops(4) == 2 * 2 * 4 * (3 * square + 2 * oblong)
+    assert WORKLOAD.change_bytes(13) == 4 * 2 * (3 * square + 2 * 13 * (24 + 32))
+    assert WORKLOAD.change_flops(13) == 2 * (3 * square + 2 * 2 * 13 * oblong)
+    assert WORKLOAD.change_bytes(100) == 4 * 2 * (3 * square + 2 * oblong)
+    assert WORKLOAD.change_flops(100) == 2 * (3 * square + 2 * oblong)
+    assert WORKLOAD.change_bytes(0) == WORKLOAD.change_flops(0) == 0
+
+
 def test_an_uneven_cut_costs_about_what_was_planned() -> None:
     """Selection by importance leaves another number of heads and channels than an even spread."""
     for ratio in (0.2, 0.4, 0.6):

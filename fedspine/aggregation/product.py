@@ -37,11 +37,11 @@ def aggregate(current: Arrays, updates: Sequence[Update], shape: ModelShape) -> 
 
 
 def average(past: Arrays, new: Arrays, decay: float, shape: ModelShape) -> dict[str, Array]:
-    """decay * past + (1 - decay) * new of every product and of the head, at the same rank."""
+    """decay * past + (1 - decay) * new of every product, at the same rank, of the head and of what was folded."""
     result = {
         name: (decay * past[name] + (1.0 - decay) * new[name]).astype(np.float32)
         for name in new
-        if name.startswith("head.")
+        if name.startswith("head.") or name.endswith(".W")
     }
     for module in shape.modules:
         names = f"{module.name}.B", f"{module.name}.A"

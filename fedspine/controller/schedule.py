@@ -29,19 +29,24 @@ def check_quorum(config: RunConfig, number: int, asked: int, reports: Sequence[R
 
 
 def floor_ratio(config: RunConfig, round: int) -> float:
-    """Share of prunable parameters that every device of the round has to have cut (`round` counts from 1).
+    """Share of prunable parameters that every device of the round has to have cut (`round` counts from 1)."""
+    return config.target_sparsity * ramp(config, round)
 
-    Cubic ramp (LoRAPrune, arXiv 2305.18403; APT, arXiv 2401.12200) from 0 after the warm-up to the target at
-    `ramp_ratio` of the rounds; `one-shot` jumps to the target after the warm-up.
+
+def ramp(config: RunConfig, round: int) -> float:
+    """How far along its way to the target a round is, 0 to 1 (`round` counts from 1).
+
+    Cubic (LoRAPrune, arXiv 2305.18403; APT, arXiv 2401.12200) from 0 after the warm-up to 1 at `ramp_ratio` of the
+    rounds; `one-shot` jumps to 1 after the warm-up.
     """
     begin = warmup_rounds(config)
     end = max(begin + 1, round_up(config.ramp_ratio * config.rounds))
     if round <= begin:
         return 0.0
     if config.schedule == "one-shot" or round >= end:
-        return config.target_sparsity
+        return 1.0
     left = 1.0 - (round - begin) / (end - begin)
-    return config.target_sparsity * (1.0 - left**3)
+    return 1.0 - left**3
 
 
 def allowed_range(config: RunConfig, round: int, current: float) -> tuple[float, float]:

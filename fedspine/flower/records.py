@@ -35,8 +35,10 @@ T = TypeVar("T")
 
 
 def pack_train_request(request: TrainRequest) -> RecordDict:
+    task = ConfigRecord({"round": request.round, "device": request.device, "settings": request.settings})
+    task["missed-rank"] = request.missed_rank
     return _joined(
-        task=ConfigRecord({"round": request.round, "device": request.device, "settings": request.settings}),
+        task=task,
         action=_scalars(request.action),
         structure=_structure(request.structure),
         arrays=_arrays(request.arrays),
@@ -54,12 +56,14 @@ def unpack_train_request(records: RecordDict) -> TrainRequest:
         arrays=_read_arrays(records, "arrays"),
         scores=_read_scores(records),
         settings=task["settings"],
+        missed_rank=task["missed-rank"],
     )
 
 
 def pack_train_reply(reply: TrainReply) -> RecordDict:
+    task = ConfigRecord({"device": reply.device, "module-salience": list(reply.report.module_salience)})
     return _joined(
-        task=ConfigRecord({"device": reply.device}),
+        task=task,
         report=_scalars(reply.report),
         wall=ConfigRecord({name.replace(" ", "-"): seconds for name, seconds in reply.report.wall.items()}),
         structure=_structure(reply.structure),
@@ -69,9 +73,15 @@ def pack_train_reply(reply: TrainReply) -> RecordDict:
 
 
 def unpack_train_reply(records: RecordDict) -> TrainReply:
+    task = _config(records, "task")
+    report = replace(
+        _from_scalars(Report, _config(records, "report")),
+        wall=_read_wall(records),
+        module_salience=tuple(task["module-salience"]),
+    )
     return TrainReply(
-        device=_config(records, "task")["device"],
-        report=replace(_from_scalars(Report, _config(records, "report")), wall=_read_wall(records)),
+        device=task["device"],
+        report=report,
         structure=_read_structure(records),
         arrays=_read_arrays(records, "arrays"),
         scores=_read_scores(records),

@@ -1,9 +1,9 @@
 """Adapters as plain arrays: how they start, and how they move between ranks and structures.
 
 Names: `<module>.A` [rank, d_in], `<module>.B` [d_out, rank], `head.<parameter>` (`head.<module>.<parameter>` where a
-head is several modules). Full coordinates mean the uncut base model's rows and columns at the server's rank; narrow
-means one device's rank and kept structures. The scale alpha/rank is the same at every rank, so it never has to be
-folded in.
+head is several modules); `<module>.W` [d_out, d_in] where something was folded into the frozen weight. Full coordinates
+mean the uncut base model's rows and columns at the server's rank; narrow means one device's rank and kept structures.
+The scale alpha/rank is the same at every rank, so it never has to be folded in.
 """
 
 from __future__ import annotations
@@ -32,23 +32,26 @@ def kept_features(module: ModuleShape, structure: Structure) -> NDArray[np.int64
     return np.flatnonzero(module.features(structure.mask(module.layer, module.unit)))
 
 
-def narrow(arrays: Arrays, structure: Structure, rank: int, shape: ModelShape) -> dict[str, Array]:
-    """Full coordinates to one device's structure and its first `rank` components."""
+def narrow(arrays: Arrays, structure: Structure, rank: int | tuple[int, ...], shape: ModelShape) -> dict[str, Array]:
+    """Full coordinates to one device's structure and its first `rank` components: of all projections, or of each."""
     result = {name: array for name, array in arrays.items() if name.startswith(HEAD)}
-    for module in shape.modules:
+    for index, module in enumerate(shape.modules):
+        first = rank if isinstance(rank, int) else rank[index]
         kept = kept_features(module, structure)
-        a, b = arrays[f"{module.name}.A"][:rank], arrays[f"{module.name}.B"][:, :rank]
+        a, b = arrays[f"{module.name}.A"][:first], arrays[f"{module.name}.B"][:, :first]
         if module.axis == "rows":
             b = b[kept]
         else:
             a = a[:, kept]
         result[f"{module.name}.A"] = np.ascontiguousarray(a)
         result[f"{module.name}.B"] = np.ascontiguousarray(b)
+        if (folded := arrays.get(f"{module.name}.W")) is not None:
+            result[f"{module.name}.W"] = np.take(folded, kept, axis=0 if module.axis == "rows" else 1)
     return result
 
 
 def widen(arrays: Arrays, structure: Structure, shape: ModelShape) -> dict[str, Array]:
-    """One device's adapters to full coordinates at their own rank; what is cut is zero."""
+    """One device's adapters to full coordinates at their own ranks, and the head; what is cut is zero."""
     result = {name: array for name, array in arrays.items() if name.startswith(HEAD)}
     for module in shape.modules:
         kept = kept_features(module, structure)
@@ -66,10 +69,15 @@ def widen(arrays: Arrays, structure: Structure, shape: ModelShape) -> dict[str, 
     return result
 
 
+def ranks_of(arrays: Arrays, shape: ModelShape) -> tuple[int, ...]:
+    """Of a device's adapters, projection by projection; one factor is enough, and without any it is 0."""
+    pairs = [(arrays.get(f"{module.name}.A"), arrays.get(f"{module.name}.B")) for module in shape.modules]
+    return tuple(len(a) if a is not None else 0 if b is None else b.shape[1] for a, b in pairs)
+
+
 def rank_of(arrays: Arrays, shape: ModelShape) -> int:
-    """Of a device's adapters; one factor is enough."""
-    a, b = (arrays.get(f"{shape.modules[0].name}.{side}") for side in "AB")
-    return len(a) if a is not None else b.shape[1]  # type: ignore[union-attr]
+    """The largest of them."""
+    return max(ranks_of(arrays, shape))
 
 
 def nbytes(arrays: Arrays) -> int:

@@ -3,28 +3,44 @@
 `b`: FFA-LoRA (arXiv 2403.12313). A stays what it was at the start, for ever; a device draws it again from the run's
 seed, so that it is never sent. `alternate`: RoLoRA (arXiv 2502.01755). Odd rounds train B with A fixed, even rounds A
 with B fixed; both are sent to a device, the trained one comes back. While one factor is the same on all devices, the
-average of the other gives the exact average of the products; averaging both (FedIT) does not.
+average of the other gives the exact average of the products; averaging both (FedIT) does not. `local-b`: FedSA-LoRA
+(arXiv 2410.01463). Both are trained, and A alone is sent and averaged (`aggregation/personal.py`).
 """
 
 from __future__ import annotations
 
-from fedspine.lora.adapters import HEAD, narrow, rank_of
+from fedspine.config import RunConfig
+from fedspine.lora.adapters import HEAD, narrow, rank_of, start_adapters
+from fedspine.randomness import Purpose, generator
 from fedspine.structure import ModelShape, Structure
-from fedspine.types import Array, Arrays
+from fedspine.types import Array, Arrays, TrainRequest
 
 BOTH = "AB"
+FOLDED = "W"
+"""Of an array with what was folded into a frozen weight (`aggregation/fold.py`)."""
+LOCAL_B = "local-b"
 
 
 def trained_sides(choice: str, round: int) -> str:
-    """The factors that are trained, uploaded and averaged in a round (counted from 1): A, B, or AB."""
+    """The factors that are trained and come back in a round (counted from 1): A, B, or AB."""
     if choice == "alternate":
         return "B" if round % 2 else "A"
-    return sent_sides(choice)
-
-
-def sent_sides(choice: str) -> str:
-    """The factors that a device is sent: it knows the others."""
     return "B" if choice == "b" else BOTH
+
+
+def sent(arrays: Arrays, config: RunConfig) -> dict[str, Array]:
+    """What of the global arrays a device is sent: it knows, or draws, the other factors."""
+    sides = "" if config.fold == "all" else "B" if config.trained_factors == "b" else BOTH
+    return shared(of_sides(arrays, sides + FOLDED), config.trained_factors)
+
+
+def shared(arrays: Arrays, choice: str) -> dict[str, Array]:
+    """What of a device's arrays does not stay on it: all, or A alone."""
+    return {
+        name: array
+        for name, array in arrays.items()
+        if choice != LOCAL_B or (name.endswith(".A") and not name.startswith(HEAD))
+    }
 
 
 def of_sides(arrays: Arrays, sides: str) -> dict[str, Array]:
@@ -32,11 +48,20 @@ def of_sides(arrays: Arrays, sides: str) -> dict[str, Array]:
     return {name: array for name, array in arrays.items() if name.startswith(HEAD) or name[-1] in sides}
 
 
+def known_to(request: TrainRequest, config: RunConfig, start: Arrays, shape: ModelShape) -> Arrays:
+    """What a device has without being sent it: the start, or adapters that it draws for the round (FLoRA)."""
+    if config.fold != "all":
+        return start
+    rng = generator(config.seed, request.round, request.device, Purpose.ADAPTERS)
+    return start_adapters(shape, request.action.lora_rank, rng)
+
+
 def completed(arrays: Arrays, known: Arrays, structure: Structure, shape: ModelShape) -> Arrays:
-    """A device's arrays (narrow) with the factors that were not sent, from `known` in full coordinates."""
+    """A device's arrays (narrow) with what was not sent, from `known` in full coordinates."""
     if all(f"{shape.modules[0].name}.{side}" in arrays for side in BOTH):
         return arrays
-    return narrow(known, structure, rank_of(arrays, shape), shape) | dict(arrays)
+    rank = rank_of(arrays, shape) or rank_of(known, shape)
+    return narrow(known, structure, rank, shape) | dict(arrays)
 
 
 def restored(joined: Arrays, current: Arrays, sides: str) -> dict[str, Array]:

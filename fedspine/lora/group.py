@@ -39,7 +39,8 @@ class DeviceGroup:
         self._ranks = [rank_of(each, shape) for each in arrays]
         union = _union(structures)
         stacked = _stacked([self._in(union, *pair) for pair in zip(structures, arrays, strict=True)])
-        resident.mount(union, stacked, trained=trained)
+        folded = {name: array for name, array in arrays[0].items() if name.endswith(".W")}  # of all: nobody is cut then
+        resident.mount(union, stacked | folded, trained=trained)
         self._masks: dict[str, torch.Tensor | None] = {}
         """By projection: over the inputs of `o` and `down`."""
         self._handles: list[RemovableHandle] = []

@@ -85,6 +85,7 @@ class ResidentModel:
         """What is mounted, and what could be: all of the base but what was given up."""
         self._own = False
         self._trained = BOTH
+        self._folded: Arrays = {}
         self.parameters: dict[str, nn.Parameter] = {}
 
     def head_arrays(self) -> dict[str, Array]:
@@ -96,7 +97,8 @@ class ResidentModel:
     ) -> None:
         """Become the model of one device: cut to `structure`, with adapters and head from `arrays` (narrow).
 
-        `merge`: fold the adapters into the weights, for evaluation; nothing is trainable then.
+        `merge`: fold the adapters into the weights, for evaluation; nothing is trainable then. `<module>.W` is folded
+        in any case.
         `own`: give up what `structure` has cut, for good, and what `cut` will: the memory is freed.
         `trained`: the factors that get gradients, A, B or AB.
         Arrays with one dimension more, in front, are those of several devices: a batch is then as many equal parts.
@@ -111,7 +113,9 @@ class ResidentModel:
             )
         unused, self._own, self._trained = set(arrays), own, trained
         self.parameters = {}
+        self._folded = {name: array for name, array in arrays.items() if name.endswith(".W")}
         for module in self.projections:
+            unused.discard(f"{module.name}.W")
             self._cut_base(module, structure)
         if own:
             self.held = structure
@@ -138,9 +142,8 @@ class ResidentModel:
 
     def cut(self, structure: Structure) -> None:
         """Cut further, in the middle of training: adapters keep their values on what stays. Gradients go."""
-        arrays = self.arrays()
         narrowed = {}
-        for name, array in arrays.items():
+        for name, array in {**self.arrays(), **self._folded}.items():
             keep = self.still_kept(name, structure)
             narrowed[name] = array if keep is None else np.take(array, keep[1], axis=keep[0])
         self.mount(structure, narrowed, own=self._own, trained=self._trained)
@@ -148,7 +151,7 @@ class ResidentModel:
     def still_kept(self, name: str, structure: Structure) -> tuple[int, np.ndarray] | None:
         """(axis, positions among the current features) of an array that stay under `structure`; None: all of it."""
         module = self._modules.get(name.rpartition(".")[0])
-        if module is None or name.endswith(".B") != (module.axis == "rows"):
+        if module is None or not (name.endswith(".W") or name.endswith(".B") == (module.axis == "rows")):
             return None
         now = kept_features(module, self.structure)
         then = kept_features(module, structure)
@@ -183,6 +186,8 @@ class ResidentModel:
                 bias = bias.index_select(0, kept)
         if self._own:
             self._base[module.name] = weight, bias
+        if (folded := self._folded.get(f"{module.name}.W")) is not None:
+            weight = torch.add(weight.float(), self._tensor(folded), alpha=self.scale).to(weight.dtype)
         linear = self._linear(module.name)
         linear.out_features, linear.in_features = weight.shape
         linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -74,12 +74,13 @@ def _to_json(record: RoundRecord) -> dict[str, Any]:
 
 
 def _pull(values: dict[str, Any]) -> Pull:
-    probe = values["probe"]
+    probe, report = values["probe"], values["report"]
+    salience = tuple(report.get("module_salience", ()))
     return Pull(
         **{
             **values,
             "action": Action(**values["action"]),
-            "report": Report(**values["report"]),
+            "report": Report(**{**report, "module_salience": salience}),
             "probe": Probe(**probe) if probe else None,
         }
     )

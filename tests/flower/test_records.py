@@ -48,10 +48,12 @@ REPORT = Report(
     7,
     "needs 3 MB\nof 2 MB",
     {"seconds": 2.5, "probe batch": 1 / 3},
+    9,
+    (1 / 3, 0.0),
 )
 CASES: list[tuple[Any, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] = [
     (fakes.train_request(1), records.pack_train_request, records.unpack_train_request),
-    (fakes.train_request(2), records.pack_train_request, records.unpack_train_request),
+    (replace(fakes.train_request(2), missed_rank=80), records.pack_train_request, records.unpack_train_request),
     (
         TrainReply(4, REPORT, fakes.STRUCTURE, fakes.arrays(4), fakes.train_request(1).scores),
         records.pack_train_reply,
