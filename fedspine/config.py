@@ -70,6 +70,8 @@ class RunConfig:
     rounds: int = _key(16, "rounds", min=1, max=100_000)
     sampling: str = _key("uniform", "who takes part in a round: drawn, or devices of like speed", "uniform", "speed")
     quorum: float = _key(0.5, "share of the sampled devices that must reply for a round to count", min=0.0, max=1.0)
+    close_at: float = _key(1.0, "share of a round's devices whose replies close it; 1: all of them", min=0.05, max=1.0)
+    max_staleness: int = _key(4, "close_at below 1: rounds after which a late reply is dropped", min=1, max=1000)
     partition: str = _key(
         "auto", "who has which rows: auto, iid, dirichlet, shards, or column:NAME (one device per value)"
     )
@@ -165,6 +167,10 @@ class RunConfig:
         "first",
         "always",
     )
+
+    # after the last round
+    distill_steps: int = _key(0, "steps in which the uncut model teaches the cut one; 0: none", min=0, max=100_000)
+    distill_examples: int = _key(512, "distill_steps above 0: training texts for it, without label or owner", min=1)
 
     # measuring
     target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)

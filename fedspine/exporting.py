@@ -149,7 +149,7 @@ def _staged(target: Path) -> Iterator[Path]:
 
 def _mounted(bench: Workbench, state: ServerState, structure: Structure, merge: bool) -> dict[str, torch.Tensor]:
     """The weights of the cut model, with the adapters folded in or not."""
-    arrays = narrow(state.averaged, structure, bench.config.max_rank, bench.shape)
+    arrays = narrow(state.final, structure, bench.config.max_rank, bench.shape)
     bench.resident.mount(structure, arrays, merge=merge)
     return bench.resident.weights()
 
@@ -162,7 +162,7 @@ def _write(bench: Workbench, state: ServerState, structure: Structure, merge: bo
     stock = save_model(folder, weights, _settings(bench), config.task, structure.counts(), base, generation)
     load_tokenizer(config).save_pretrained(folder)
     if not merge:
-        arrays = narrow(state.averaged, structure, config.max_rank, bench.shape)
+        arrays = narrow(state.final, structure, config.max_rank, bench.shape)
         save_adapter(folder / ADAPTER, arrays, weights, bench.shape, config.lora_scale, config.task)
     return stock
 

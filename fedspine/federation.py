@@ -22,15 +22,16 @@ from fedspine.aggregation.update import Update
 from fedspine.config import RunConfig
 from fedspine.controller.cohort import Fleet, choose_devices
 from fedspine.controller.policy import Policy, rank_grid
-from fedspine.controller.reward import reward_pulls
 from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import Workload
+from fedspine.late import AwaitedReply, close_round
 from fedspine.lora.adapters import narrow
 from fedspine.lora.factors import completed, of_sides, restored, sent_sides, trained_sides
 from fedspine.pruning.scoreboard import pruning_scores, update_own, update_shared
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose
 from fedspine.report.observer import Observer
+from fedspine.round_record import awaited, round_record
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import ModelShape, Structure
 from fedspine.types import (
@@ -42,7 +43,6 @@ from fedspine.types import (
     EvaluateRequest,
     Probe,
     ProbeRequest,
-    Pull,
     RoundRecord,
     Scores,
     TrainReply,
@@ -81,13 +81,22 @@ class ServerState:
     arrays: Arrays
     """Global adapters in full coordinates at the largest rank, and the head."""
     averaged: Arrays
-    """Moving average of the global adapters over rounds, in product space: what devices get to keep."""
+    """Moving average of the global adapters over rounds, in product space."""
     consensus: Structure
     """The server's own structure, at the sparsity floor: the global model that is evaluated."""
     structures: dict[int, Structure] = field(default_factory=dict)
     """By device; a device that was never cut is absent."""
     shared_scores: Scores | None = None
     own_scores: dict[int, Scores] = field(default_factory=dict)
+    pending: tuple[AwaitedReply, ...] = ()
+    """Late replies of earlier rounds; their devices are busy."""
+    distilled: Arrays | None = None
+    """After the last round, where `distill_steps` asks for it: the averaged adapters, taught by the uncut model."""
+
+    @property
+    def final(self) -> Arrays:
+        """What devices get to keep."""
+        return self.averaged if self.distilled is None else self.distilled
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,8 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     """Sample devices and decide what each one does. The same state and records give the same plan."""
     config, shape = federation.config, federation.shape
     pulls = [pull for record in records for pull in record.pulls]
-    devices = choose_devices(config, round, federation.workload, lambda: Fleet.of(config.devices, pulls))
+    busy = {each.pull.device for each in state.pending}
+    devices = choose_devices(config, round, federation.workload, lambda: Fleet.of(config.devices, pulls), busy)
     structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
     before = [structure.sparsity(shape) for structure in structures]
     probes = _probe(federation, records, round, devices, structures)
@@ -183,21 +193,24 @@ def finish_round(
     Errors: `FederationError` when fewer devices than the quorum trained.
     """
     config, shape = federation.config, federation.shape
-    trained = [reply for reply in replies if reply.report.outcome == TRAINED]
     check_quorum(config, plan.round, len(plan.requests), [reply.report for reply in replies])
+    asked = awaited(federation.workload, plan, replies)
+    closing = close_round(config.close_at, asked, state.pending)
+    worth = [(each.reply, each.discount(plan.round, config.max_staleness)) for each in closing.arrived]
+    joined = [(reply, discount) for reply, discount in worth if discount > 0 and reply.report.outcome == TRAINED]
     updates = [
         Update(
-            float(reply.report.examples),
+            reply.report.examples * discount,
             reply.structure,
             completed(reply.arrays, state.arrays, reply.structure, shape),
         )
-        for reply in trained
+        for reply, discount in joined
     ]
-    joined = RULES[config.aggregation](state.arrays, updates, shape)
-    arrays = restored(joined, state.arrays, trained_sides(config.trained_factors, plan.round))
+    aggregated = RULES[config.aggregation](state.arrays, updates, shape)
+    arrays = restored(aggregated, state.arrays, trained_sides(config.trained_factors, plan.round))
     decay = min(config.average_decay, (1 + state.round) / (10 + state.round))  # young averages forget the start faster
     averaged = average(state.averaged, arrays, decay, shape) if state.round else arrays
-    scored = [(reply.device, reply.structure, reply.scores) for reply in trained if reply.scores is not None]
+    scored = [(reply.device, reply.structure, reply.scores) for reply, _ in joined if reply.scores is not None]
     shared = update_shared(state.shared_scores, [(structure, scores) for _, structure, scores in scored])
     own = dict(state.own_scores)
     if config.masks != "shared":
@@ -210,11 +223,13 @@ def finish_round(
         arrays=arrays,
         averaged=averaged,
         consensus=consensus,
-        structures=state.structures | {reply.device: reply.structure for reply in trained},
+        structures=state.structures
+        | {reply.device: reply.structure for reply in replies if reply.report.outcome == TRAINED},
         shared_scores=shared,
         own_scores=own,
+        pending=closing.late,
     )
-    return new_state, _record(federation, records, plan, replies)
+    return new_state, round_record(config, records, plan, asked, closing)
 
 
 def evaluate_round(federation: Federation, state: ServerState, record: RoundRecord) -> RoundRecord:
@@ -294,30 +309,3 @@ def _exchange(federation: Federation, plan: RoundPlan) -> list[TrainReply]:
     )
     by_device = {reply.device: reply for reply in replies}
     return [by_device[request.device] for request in plan.requests]
-
-
-def _record(
-    federation: Federation, records: Sequence[RoundRecord], plan: RoundPlan, replies: Sequence[TrainReply]
-) -> RoundRecord:
-    config, shape = federation.config, federation.shape
-    pulls = []
-    for request, reply, before, probe in zip(plan.requests, replies, plan.ratios_before, plan.probes, strict=True):
-        trained = reply.report.outcome == TRAINED
-        after = reply.structure.sparsity(shape) if trained else before
-        flops = federation.workload.planned_flops(after, request.action.lora_rank)
-        flops *= federation.workload.share(request.action)
-        pulls.append(Pull(plan.round, request.device, request.action, before, after, reply.report, flops, probe))
-    past = [pull for record in records for pull in record.pulls]
-    rewarded = reward_pulls(config.reward, config.target_sparsity, past, pulls)
-    times = [pull.report.seconds + (pull.probe.seconds if pull.probe else 0.0) for pull in pulls]
-    slowest = max(times)
-    return RoundRecord(
-        round=plan.round,
-        floor_ratio=plan.floor,
-        pulls=tuple(rewarded),
-        round_seconds=slowest,
-        clock_seconds=(records[-1].clock_seconds if records else 0.0) + slowest,
-        waiting_seconds=sum(slowest - seconds for seconds in times) / len(times),
-        uploaded_bytes=sum(pull.report.upload_bytes for pull in pulls),
-        downloaded_bytes=sum(pull.report.download_bytes + (pull.probe.bytes if pull.probe else 0) for pull in pulls),
-    )

@@ -45,7 +45,7 @@ def evaluate_devices(federation: Federation, state: ServerState) -> list[Evaluat
     first = {structure: device for device, structure in zip(reversed(devices), reversed(structures), strict=True)}
     requests = [
         EvaluateRequest(
-            state.round, device, structure, narrow(state.averaged, structure, config.max_rank, shape), config.to_json()
+            state.round, device, structure, narrow(state.final, structure, config.max_rank, shape), config.to_json()
         )
         for structure, device in first.items()
     ]

@@ -17,6 +17,8 @@ class Purpose(IntEnum):
     ADAPTERS = 5
     EVALUATE_DEVICES = 6
     SURFACE = 7
+    PUBLIC_ROWS = 8
+    DISTILL = 9
 
 
 def generator(seed: int, round: int, device: int, purpose: Purpose) -> np.random.Generator:

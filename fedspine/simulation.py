@@ -20,11 +20,13 @@ import numpy as np
 from fedspine.checkpoint import FILE, load_state, save_state
 from fedspine.client_round import Workbench, configure_threads, workbench
 from fedspine.config import RunConfig, configured, load_config
+from fedspine.config_rules import check_deployable
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
 from fedspine.data.encode import training_batches
 from fedspine.data.prepared import shared
 from fedspine.devices.clock import VirtualMeter, device_state
+from fedspine.distillation import distilled
 from fedspine.errors import CheckpointError, ConfigError
 from fedspine.federation import (
     Evaluation,
@@ -145,6 +147,7 @@ def fastest_engine(config: RunConfig, workers: int) -> str:
 def run_server(config: RunConfig, exchange: Exchange) -> None:
     """The server of a deployment: the same rounds over devices that joined by themselves, into a new run directory."""
     began = time.perf_counter()
+    check_deployable(config)
     directory = free_directory(None, config.method)
     run = _Run(config, workbench(config.to_json()), directory, Silent(), "deployment", config.sampled, PeakMemory())
     run.check()
@@ -233,6 +236,8 @@ class _Run:
             history = list(records)
             state, finished = run_rounds(federation, state, records, lambda s, r: self._save(s, r, curves, history))
         state = prune_everyone(federation, state, finished)
+        if config.distill_steps:
+            state = distilled(bench, state)
         devices = evaluate_devices(federation, state)
         save_state(self.directory, config, state)
         summary = summarise(
