@@ -1,9 +1,10 @@
 """After the last round, the uncut global model teaches the cut one, on the server, on texts without labels.
 
-The adapters were trained under masks, and on the uncut base they are as good as ever: a teacher that costs nothing
-(distillation as in arXiv 1503.02531: KL divergence of logits at a temperature). The student is the server's own cut
-structure with the same averaged adapters. The texts are rows of the training set that were set aside before it was
-dealt out. Devices take no part, so that the virtual clock does not move.
+The averaged adapters on the uncut base are a teacher that costs nothing (distillation as in arXiv 1503.02531: KL
+divergence of logits at a temperature). The student is the server's own cut structure with the same adapters. The texts
+are rows of the training set that were set aside before it was dealt out. Devices take no part, and the virtual clock
+does not move. The adapters were trained under masks, so that the uncut model is not always the better one: where it is
+not, there is nothing to learn from it.
 """
 
 from __future__ import annotations
