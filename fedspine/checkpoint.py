@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -14,9 +16,10 @@ from safetensors.torch import safe_open
 from fedspine.config import RunConfig
 from fedspine.errors import CheckpointError
 from fedspine.federation import ServerState
-from fedspine.report.records import write_atomically
+from fedspine.late import AwaitedReply
+from fedspine.report.records import pull_of, write_atomically
 from fedspine.structure import ModelShape, Structure
-from fedspine.types import Array, Scores
+from fedspine.types import Array, Scores, TrainReply
 
 FILE = "checkpoint/state.safetensors"
 _FORMAT = "fedspine-state-1"
@@ -25,7 +28,11 @@ _FORMAT = "fedspine-state-1"
 def save_state(directory: Path, config: RunConfig, state: ServerState) -> None:
     """Write `directory`/checkpoint/state.safetensors; a crash leaves the previous file whole."""
     tensors: dict[str, np.ndarray] = {}
-    for prefix, arrays in (("global", state.arrays), ("averaged", state.averaged)):
+    for prefix, arrays in (
+        ("global", state.arrays),
+        ("averaged", state.averaged),
+        ("distilled", state.distilled or {}),
+    ):
         tensors |= {f"{prefix}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
     for device, arrays in state.local.items():
         tensors |= {f"local/{device}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -39,6 +46,10 @@ def save_state(directory: Path, config: RunConfig, state: ServerState) -> None:
     for device, scores in state.own_scores.items():
         tensors |= _score_tensors(f"scores/{device}", scores)
     about = {"format": _FORMAT, "round": str(state.round), "config": config.to_json()}
+    if state.pending:
+        about["pending"] = json.dumps([_words(each) for each in state.pending])
+        for place, each in enumerate(state.pending):
+            tensors |= _reply_tensors(f"pending/{place}", each.reply)
     (directory / FILE).parent.mkdir(exist_ok=True)
     write_atomically(directory / FILE, save(tensors, about))
 
@@ -87,6 +98,11 @@ def _state(about: Mapping[str, str], tensors: Mapping[str, np.ndarray], shape: M
             if (scores := _scores(f"scores/{device}", tensors, shape)) is not None
         },
         local={int(device): own for device in devices if (own := _under(f"local/{device}/", tensors))},
+        distilled=_under("distilled/", tensors) or None,
+        pending=tuple(
+            _awaited(words, f"pending/{place}", tensors, shape)
+            for place, words in enumerate(json.loads(about.get("pending", "[]")))
+        ),
     )
 
 
@@ -97,6 +113,25 @@ def _check_same(path: Path, saved: dict[str, object], wanted: dict[str, object])
                 f"{path} belongs to another configuration: {key} = {saved.get(key)!r} there, {wanted.get(key)!r} here; "
                 "start a new run with --out, or restore the run's config.toml"
             )
+
+
+def _words(awaited: AwaitedReply) -> dict[str, Any]:
+    """What a late reply says besides its arrays; without wall times, which do not repeat."""
+    pull = dataclasses.replace(awaited.pull, report=dataclasses.replace(awaited.pull.report, wall={}))
+    return {"pull": dataclasses.asdict(pull), "seconds": awaited.seconds}
+
+
+def _reply_tensors(prefix: str, reply: TrainReply) -> dict[str, np.ndarray]:
+    tensors = {f"{prefix}/arrays/{name}": np.ascontiguousarray(array) for name, array in reply.arrays.items()}
+    tensors[f"{prefix}/structure"] = _bits(reply.structure)
+    return tensors if reply.scores is None else tensors | _score_tensors(f"{prefix}/scores", reply.scores)
+
+
+def _awaited(words: dict[str, Any], prefix: str, tensors: Mapping[str, np.ndarray], shape: ModelShape) -> AwaitedReply:
+    pull = pull_of(words["pull"])
+    structure = _structure(tensors[f"{prefix}/structure"], shape)
+    arrays, scores = _under(f"{prefix}/arrays/", tensors), _scores(f"{prefix}/scores", tensors, shape)
+    return AwaitedReply(pull, words["seconds"], TrainReply(pull.device, pull.report, structure, arrays, scores))
 
 
 def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Array]:

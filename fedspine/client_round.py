@@ -73,6 +73,8 @@ class Workbench:
     resident: ResidentModel
     population: Population
     pad_id: int
+    public: Encoded | None = None
+    """Texts to distil on, where the run does."""
 
     @property
     def shape(self) -> ModelShape:
@@ -144,6 +146,7 @@ def workbench(settings: str) -> Workbench:
         resident=resident,
         population=population,
         pad_id=pad_id,
+        public=tokens(data.train, data.public) if len(data.public) else None,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fedspine.config_rules import check_levers
+from fedspine.config_rules import check_together
 from fedspine.errors import ConfigError
 from fedspine.methods import METHODS
 
@@ -70,6 +70,8 @@ class RunConfig:
     rounds: int = _key(16, "rounds", min=1, max=100_000)
     sampling: str = _key("uniform", "who takes part in a round: drawn, or devices of like speed", "uniform", "speed")
     quorum: float = _key(0.5, "share of the sampled devices that must reply for a round to count", min=0.0, max=1.0)
+    close_at: float = _key(1.0, "share of a round's devices whose replies close it; 1: all of them", min=0.05, max=1.0)
+    max_staleness: int = _key(4, "close_at below 1: rounds after which a late reply is dropped", min=1, max=1000)
     partition: str = _key(
         "auto", "who has which rows: auto, iid, dirichlet, shards, or column:NAME (one device per value)"
     )
@@ -178,6 +180,10 @@ class RunConfig:
         "roll-call",
     )
 
+    # after the last round
+    distill_steps: int = _key(0, "steps in which the uncut model teaches the cut one; 0: none", min=0, max=100_000)
+    distill_examples: int = _key(512, "distill_steps above 0: training texts for it, without label or owner", min=1)
+
     # measuring
     target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)
     generate_examples: int = _key(
@@ -194,7 +200,7 @@ class RunConfig:
         hints = get_type_hints(RunConfig)
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
-        _check_together(self)
+        check_together(self)
 
     @property
     def uses_probe(self) -> bool:
@@ -314,41 +320,6 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
         raise ConfigError(f"{name} = {value}: must be at most {key.maximum:g}")
     return value
 
-
-def _check_together(config: RunConfig) -> None:
-    if config.sampled > config.devices:
-        raise ConfigError(
-            f"sampled = {config.sampled}: more than devices = {config.devices}; sample at most as many as there are"
-        )
-    if config.min_rank > config.max_rank:
-        raise ConfigError(f"min_rank = {config.min_rank}: must not exceed max_rank = {config.max_rank}")
-    if not config.min_rank <= config.fixed_rank <= config.max_rank:
-        raise ConfigError(
-            f"fixed_rank = {config.fixed_rank}: must lie between min_rank = {config.min_rank} "
-            f"and max_rank = {config.max_rank}"
-        )
-    for name, without, needs in _NEEDS:
-        for key, allowed in needs.items():
-            if getattr(config, name) not in without and getattr(config, key) not in allowed:
-                values = " or ".join(str(value) for value in allowed)
-                raise ConfigError(
-                    f"{key} = {getattr(config, key)!r}: with {name} = {getattr(config, name)!r} it must be {values}"
-                )
-    if config.warmup_ratio >= config.ramp_ratio:
-        raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
-    check_levers(config)
-
-
-_FACTORWISE = ("coordinate", "zero-pad")
-_NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
-    ("trained_factors", ("both",), {"aggregation": _FACTORWISE}),
-    ("fold", ("none",), {"aggregation": ("coordinate",), "trained_factors": ("both",), "target_sparsity": (0.0,)}),
-    ("fold", ("none", "residual"), {"policy": ("fixed", "random", "tertile")}),
-    ("fold", ("none", "all"), {"policy": ("fixed",), "rank_decay": (1.0,)}),
-    ("rank_growth", (1.0,), {"policy": ("fixed",), "trained_factors": ("both",), "rank_decay": (1.0,)}),
-    ("rank_growth", (1.0,), {"aggregation": _FACTORWISE, "fold": ("none",)}),
-)
-"""(a key, its values that need nothing, what other keys must be with all its other values)."""
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 

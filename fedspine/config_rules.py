@@ -1,18 +1,66 @@
-"""Values of several keys that do not go together, beside those that config.py checks itself."""
+"""Values of several keys that do not go together."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedspine.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedspine.config import RunConfig
 
+_FACTORWISE = ("coordinate", "zero-pad")
+_UNNORMED = ("product", "coordinate", "zero-pad", "fair", "r2sp")
+"""Weighed by examples, which staleness can discount."""
+_NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
+    ("trained_factors", ("both",), {"aggregation": _FACTORWISE}),
+    ("fold", ("none",), {"aggregation": ("coordinate",), "trained_factors": ("both",), "target_sparsity": (0.0,)}),
+    ("fold", ("none", "residual"), {"policy": ("fixed", "random", "tertile")}),
+    ("fold", ("none", "all"), {"policy": ("fixed",), "rank_decay": (1.0,)}),
+    ("rank_growth", (1.0,), {"policy": ("fixed",), "trained_factors": ("both",), "rank_decay": (1.0,)}),
+    ("rank_growth", (1.0,), {"aggregation": _FACTORWISE, "fold": ("none",)}),
+    ("logit_adjustment", (0.0,), {"task": ("classification",)}),
+    ("distill_steps", (0,), {"task": ("classification",), "fold": ("none",), "trained_factors": ("both", "b")}),
+    ("close_at", (1.0,), {"fold": ("none",), "trained_factors": ("both", "b"), "aggregation": _UNNORMED}),
+)
+"""(a key, its values that need nothing, what other keys must be with all its other values)."""
 
-def check_levers(config: RunConfig) -> None:
-    """Errors: `ConfigError` for a lever beyond the paper where it has no meaning."""
-    if config.logit_adjustment and config.task != "classification":
+
+def check_together(config: RunConfig) -> None:
+    """Errors: `ConfigError` for values that do not go together."""
+    if config.sampled > config.devices:
         raise ConfigError(
-            f"logit_adjustment = {config.logit_adjustment:g}: task = '{config.task}' has no classes; set it to 0"
+            f"sampled = {config.sampled}: more than devices = {config.devices}; sample at most as many as there are"
         )
+    if config.min_rank > config.max_rank:
+        raise ConfigError(f"min_rank = {config.min_rank}: must not exceed max_rank = {config.max_rank}")
+    if not config.min_rank <= config.fixed_rank <= config.max_rank:
+        raise ConfigError(
+            f"fixed_rank = {config.fixed_rank}: must lie between min_rank = {config.min_rank} "
+            f"and max_rank = {config.max_rank}"
+        )
+    for name, without, needs in _NEEDS:
+        for key, allowed in needs.items():
+            if getattr(config, name) not in without and getattr(config, key) not in allowed:
+                values = " or ".join(str(value) for value in allowed)
+                raise ConfigError(
+                    f"{key} = {getattr(config, key)!r}: with {name} = {getattr(config, name)!r} it must be {values}; "
+                    f"or leave {name} at {without[0]!r}"
+                )
+    if config.warmup_ratio >= config.ramp_ratio:
+        raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
+
+
+def check_deployable(config: RunConfig) -> None:
+    """Errors: `ConfigError` for what only a simulation can do."""
+    if config.close_at < 1:
+        raise ConfigError(
+            f"close_at = {config.close_at:g}: a deployment waits for all replies so far; use close_at = 1"
+        )
+    for key, stateless in (("fold", "none"), ("trained_factors", "both")):
+        value = getattr(config, key)
+        if value in ("all", "residual", "local-b"):
+            raise ConfigError(
+                f"{key} = '{value}': what a device keeps between rounds is kept by the server of a simulation; "
+                f"in a deployment use {key} = '{stateless}', or simulate"
+            )

@@ -84,7 +84,7 @@ def export(
     state = load_state(directory, config, bench.shape)
     if device is None:
         structure = state.consensus
-        arrays: Arrays = narrow(state.averaged, structure, config.max_rank, bench.shape)
+        arrays: Arrays = narrow(state.final, structure, config.max_rank, bench.shape)
     else:
         structure = state.structures.get(device, Structure.full(bench.shape))
         arrays = device_arrays(config, state, device, structure, bench.shape)

@@ -25,15 +25,16 @@ from fedspine.config import RunConfig
 from fedspine.controller.cohort import Fleet, choose_devices
 from fedspine.controller.policy import Policy, rank_grid
 from fedspine.controller.rank_budget import allotted, awakened, for_rank
-from fedspine.controller.reward import reward_pulls
 from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import Workload
-from fedspine.lora.adapters import narrow, ranks_of
+from fedspine.late import AwaitedReply, close_round
+from fedspine.lora.adapters import narrow
 from fedspine.lora.factors import completed, restored, sent, trained_sides
 from fedspine.pruning.scoreboard import pruning_scores, update_own, update_shared
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose
 from fedspine.report.observer import Observer
+from fedspine.round_record import awaited, round_record
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import ModelShape, Structure
 from fedspine.types import (
@@ -45,7 +46,6 @@ from fedspine.types import (
     EvaluateRequest,
     Probe,
     ProbeRequest,
-    Pull,
     RoundRecord,
     Scores,
     TrainReply,
@@ -84,7 +84,7 @@ class ServerState:
     arrays: Arrays
     """Global adapters in full coordinates at the largest rank, and the head."""
     averaged: Arrays
-    """Moving average of the global adapters over rounds, in product space: what devices get to keep."""
+    """Moving average of the global adapters over rounds, in product space."""
     consensus: Structure
     """The server's own structure, at the sparsity floor: the global model that is evaluated."""
     structures: dict[int, Structure] = field(default_factory=dict)
@@ -93,6 +93,15 @@ class ServerState:
     own_scores: dict[int, Scores] = field(default_factory=dict)
     local: dict[int, Arrays] = field(default_factory=dict)
     """By device, what it keeps to itself (`aggregation/personal.py`): held for it, as this is a simulation."""
+    pending: tuple[AwaitedReply, ...] = ()
+    """Late replies of earlier rounds; their devices are busy."""
+    distilled: Arrays | None = None
+    """After the last round, where `distill_steps` asks for it: the averaged adapters, taught by the uncut model."""
+
+    @property
+    def final(self) -> Arrays:
+        """What devices get to keep."""
+        return self.averaged if self.distilled is None else self.distilled
 
 
 @dataclass(frozen=True)
@@ -154,8 +163,9 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     config, shape = federation.config, federation.shape
     pulls = [pull for record in records for pull in record.pulls]
     called = records[0].roll_call if records else _roll_call(federation)
+    busy = {each.pull.device for each in state.pending}
     devices = choose_devices(
-        config, round, federation.workload, lambda: Fleet.of(config.devices, pulls).with_roll_call(called)
+        config, round, federation.workload, lambda: Fleet.of(config.devices, pulls).with_roll_call(called), busy
     )
     structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
     before = [structure.sparsity(shape) for structure in structures]
@@ -199,23 +209,26 @@ def finish_round(
     Errors: `FederationError` when fewer devices than the quorum trained.
     """
     config, shape = federation.config, federation.shape
-    trained = [reply for reply in replies if reply.report.outcome == TRAINED]
     check_quorum(config, plan.round, len(plan.requests), [reply.report for reply in replies])
+    asked = awaited(federation.workload, plan, replies)
+    closing = close_round(config.close_at, asked, state.pending)
+    worth = [(each.reply, each.discount(plan.round, config.max_staleness)) for each in closing.arrived]
+    joined = [(reply, discount) for reply, discount in worth if discount > 0 and reply.report.outcome == TRAINED]
     updates = [
         Update(
-            float(reply.report.examples),
+            reply.report.examples * discount,
             reply.structure,
             completed(reply.arrays, state.arrays, reply.structure, shape),
         )
-        for reply in trained
+        for reply, discount in joined
     ]
-    joined = RULES[config.aggregation](state.arrays, updates, shape)
-    joined = restored(joined, state.arrays, trained_sides(config.trained_factors, plan.round))
-    arrays = folded(config.fold, state.arrays, joined, updates, shape)
+    aggregated = RULES[config.aggregation](state.arrays, updates, shape)
+    averages = restored(aggregated, state.arrays, trained_sides(config.trained_factors, plan.round))
+    arrays = folded(config.fold, state.arrays, averages, updates, shape)
     decay = min(config.average_decay, (1 + state.round) / (10 + state.round))  # young averages forget the start faster
     averaged = average(state.averaged, arrays, decay, shape) if state.round else arrays
-    devices = [reply.device for reply in trained]
-    scored = [(reply.device, reply.structure, reply.scores) for reply in trained if reply.scores is not None]
+    devices = [reply.device for reply, _ in joined]
+    scored = [(reply.device, reply.structure, reply.scores) for reply, _ in joined if reply.scores is not None]
     shared = update_shared(state.shared_scores, [(structure, scores) for _, structure, scores in scored])
     own = dict(state.own_scores)
     if config.masks != "shared":
@@ -228,12 +241,14 @@ def finish_round(
         arrays=arrays,
         averaged=averaged,
         consensus=consensus,
-        structures=state.structures | {reply.device: reply.structure for reply in trained},
+        structures=state.structures
+        | {reply.device: reply.structure for reply in replies if reply.report.outcome == TRAINED},
         shared_scores=shared,
         own_scores=own,
         local=state.local | kept_by_devices(config.trained_factors, state.arrays, devices, updates, shape),
+        pending=closing.late,
     )
-    return new_state, _record(federation, records, plan, replies)
+    return new_state, round_record(config, records, plan, asked, closing)
 
 
 def evaluate_round(federation: Federation, state: ServerState, record: RoundRecord) -> RoundRecord:
@@ -328,34 +343,3 @@ def _exchange(federation: Federation, plan: RoundPlan) -> list[TrainReply]:
     )
     by_device = {reply.device: reply for reply in replies}
     return [by_device[request.device] for request in plan.requests]
-
-
-def _record(
-    federation: Federation, records: Sequence[RoundRecord], plan: RoundPlan, replies: Sequence[TrainReply]
-) -> RoundRecord:
-    config, shape = federation.config, federation.shape
-    pulls = []
-    for request, reply, before, probe in zip(plan.requests, replies, plan.ratios_before, plan.probes, strict=True):
-        trained = reply.report.outcome == TRAINED
-        after = reply.structure.sparsity(shape) if trained else before
-        rank = federation.workload.mean_rank(ranks_of(request.arrays, shape)) or request.action.lora_rank
-        flops = federation.workload.planned_flops(after, rank) * federation.workload.share(request.action)
-        pulls.append(Pull(plan.round, request.device, request.action, before, after, reply.report, flops, probe))
-    past = [pull for record in records for pull in record.pulls]
-    rewarded = reward_pulls(config.reward, config.target_sparsity, past, pulls)
-    times = [pull.report.seconds + (pull.probe.seconds if pull.probe else 0.0) for pull in pulls]
-    slowest = max(times)
-    called = plan.roll_call.values()
-    seconds = slowest + max((probe.seconds for probe in called), default=0.0)
-    return RoundRecord(
-        round=plan.round,
-        floor_ratio=plan.floor,
-        pulls=tuple(rewarded),
-        round_seconds=seconds,
-        clock_seconds=(records[-1].clock_seconds if records else 0.0) + seconds,
-        waiting_seconds=sum(slowest - seconds for seconds in times) / len(times),
-        uploaded_bytes=sum(pull.report.upload_bytes for pull in pulls),
-        downloaded_bytes=sum(pull.report.download_bytes + (pull.probe.bytes if pull.probe else 0) for pull in pulls)
-        + sum(probe.bytes for probe in called),
-        roll_call=plan.roll_call,
-    )

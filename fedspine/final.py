@@ -42,7 +42,7 @@ def device_arrays(
     Where B and head are a device's own, these with the last A of all; what it has not got is missing.
     """
     if config.trained_factors != LOCAL_B:
-        return narrow(state.averaged, structure, config.max_rank, shape)
+        return narrow(state.final, structure, config.max_rank, shape)
     common = sent(narrow(state.arrays, structure, config.max_rank, shape), config)
     return {**common, **own_part(state.local, device, state.arrays, structure, config.max_rank, shape)}
 

@@ -18,6 +18,8 @@ class Purpose(IntEnum):
     EVALUATE_DEVICES = 6
     SURFACE = 7
     BATCH_ORDER = 8
+    PUBLIC_ROWS = 9
+    DISTILL = 10
 
 
 def generator(seed: int, round: int, device: int, purpose: Purpose) -> np.random.Generator:

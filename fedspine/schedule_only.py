@@ -28,6 +28,7 @@ from fedspine.cost import workload_of
 from fedspine.devices.clock import VirtualMeter, device_state, type_indices
 from fedspine.devices.population import load_population
 from fedspine.errors import ConfigError
+from fedspine.late import Awaited, Closing, close_round
 from fedspine.pruning.select import check_reachable
 from fedspine.randomness import Purpose, generator
 from fedspine.report.records import write_atomically
@@ -152,6 +153,7 @@ class _Scheduler:
         self._meters: dict[int, VirtualMeter] = {}
         """Of the devices of the round that is played."""
         self._called: dict[int, Probe] = {}
+        self._late: tuple[Awaited, ...] = ()
         self._log_reference: float | None = None
         self._clock_seconds = 0.0
         self._progress = 0.0
@@ -162,7 +164,8 @@ class _Scheduler:
         began = time.perf_counter()
         called = self._roll_call() if number == 1 else 0.0
         fleet = self.history.fleet
-        devices = choose_devices(config, number, self.workload, lambda: fleet().with_roll_call(self._called))
+        busy = {each.pull.device for each in self._late}
+        devices = choose_devices(config, number, self.workload, lambda: fleet().with_roll_call(self._called), busy)
         self.planning_seconds += time.perf_counter() - began
         self._meters = {
             device: VirtualMeter(device_state(self.population, config.seed, device, number)) for device in devices
@@ -183,12 +186,15 @@ class _Scheduler:
         self.planning_seconds += time.perf_counter() - began
         pulls = [self._pull(number, *one) for one in zip(devices, actions, before, probes, strict=True)]
         check_quorum(config, number, len(pulls), [pull.report for pull in pulls])
+        closing = close_round(config.close_at, [Awaited(pull, pull.seconds) for pull in pulls], self._late)
+        self._late = closing.late
+        pulls = [each.pull for each in closing.arrived]
         self._log_reference = log_reference(self._log_reference, pulls)
         reference = math.exp(self._log_reference) if self._log_reference is not None else 0.0
         pulls = list(with_rewards(config.reward, pulls, self._qualities(number, pulls), reference))
         self.history.add(pulls)
         self._clock_seconds += called
-        return self._line(number, pulls)
+        return self._line(number, pulls, closing)
 
     def _roll_call(self) -> float:
         """Measure all devices, where the configuration asks for it; the seconds of the slowest."""
@@ -269,16 +275,16 @@ class _Scheduler:
         shares = np.array([self.workload.share(pull.action) for pull in pulls])
         return [float(quality) for quality in shares * (expected + self.surface.sigma * noise)]
 
-    def _line(self, number: int, pulls: list[Pull]) -> ScheduledRound:
-        times = [pull.report.seconds + (pull.probe.seconds if pull.probe else 0.0) for pull in pulls]
-        slowest = float(max(times))
-        self._clock_seconds += slowest
-        self._progress += sum(pull.quality for pull in pulls)
+    def _line(self, number: int, pulls: list[Pull], closing: Closing[Awaited]) -> ScheduledRound:
+        """A late reply's progress is discounted as its weight would be."""
+        self._clock_seconds += float(closing.seconds)
+        discounts = [each.discount(number, self.config.max_staleness) for each in closing.arrived]
+        self._progress += sum(discount * pull.quality for discount, pull in zip(discounts, pulls, strict=True))
         return ScheduledRound(
             round=number,
             floor_ratio=floor_ratio(self.config, number),
             clock_seconds=self._clock_seconds,
-            waiting_seconds=fmean(slowest - seconds for seconds in times),
+            waiting_seconds=fmean(closing.seconds - each.seconds for each in closing.arrived),
             mean_rank=fmean(pull.action.lora_rank for pull in pulls),
             mean_sparsity=fmean(pull.ratio_after for pull in pulls),
             mean_quality=fmean(pull.quality for pull in pulls),

@@ -20,10 +20,12 @@ import numpy as np
 from fedspine.checkpoint import FILE, load_state, save_state
 from fedspine.client_round import Workbench, configure_threads, workbench
 from fedspine.config import RunConfig, configured, load_config
+from fedspine.config_rules import check_deployable
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
 from fedspine.data.prepared import shared
 from fedspine.devices.clock import VirtualMeter, device_state
+from fedspine.distillation import distilled
 from fedspine.errors import CheckpointError, ConfigError
 from fedspine.federation import (
     Evaluation,
@@ -143,6 +145,7 @@ def fastest_engine(config: RunConfig, workers: int) -> str:
 def run_server(config: RunConfig, exchange: Exchange) -> None:
     """The server of a deployment: the same rounds over devices that joined by themselves, into a new run directory."""
     began = time.perf_counter()
+    check_deployable(config)
     directory = free_directory(None, config.method)
     run = _Run(config, workbench(config.to_json()), directory, Silent(), "deployment", config.sampled, PeakMemory())
     run.check()
@@ -162,17 +165,7 @@ class _Run:
     peak: PeakMemory
 
     def check(self) -> None:
-        """Errors: `ModelError` when the target sparsity cannot be reached, or answers cannot be measured.
-
-        `ConfigError` in a deployment of a method whose devices keep something between rounds.
-        """
-        for key, stateless in (("fold", "none"), ("trained_factors", "both")):
-            value = getattr(self.config, key)
-            if self.engine == "deployment" and value in ("all", "residual", "local-b"):
-                raise ConfigError(
-                    f"{key} = '{value}': what a device keeps between rounds is kept by the server of a simulation; "
-                    f"in a deployment use {key} = '{stateless}', or simulate"
-                )
+        """Errors: `ModelError` when the target sparsity cannot be reached, or answers cannot be measured."""
         check_reachable(self.config.target_sparsity, self.bench.shape)
         if self.config.generate_examples:
             check_metrics(self.bench.data)
@@ -242,6 +235,8 @@ class _Run:
             history = list(records)
             state, finished = run_rounds(federation, state, records, lambda s, r: self._save(s, r, curves, history))
         state = prune_everyone(federation, state, finished)
+        if config.distill_steps:
+            state = distilled(bench, state)
         devices = evaluate_devices(federation, state)
         save_state(self.directory, config, state)
         summary = summarise(

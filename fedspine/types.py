@@ -123,6 +123,11 @@ class Pull:
     """The time-free part of the reward: loss improvement, pruning progress, update importance."""
     reward: float = 0.0
 
+    @property
+    def seconds(self) -> float:
+        """From being asked to having replied, the probe included."""
+        return self.report.seconds + (self.probe.seconds if self.probe else 0.0)
+
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -132,12 +137,14 @@ class RoundRecord:
     """1-based number of the finished round."""
     floor_ratio: float
     pulls: tuple[Pull, ...]
+    """Of the replies that arrived in it: those of an earlier round were late."""
     round_seconds: float
-    """Time of the slowest device of the round, on the run's clock; of the first one, after a roll call if any."""
+    """Time of the slowest device of the round, on the run's clock; less where a round closes before (late.py), and in
+    the first one also that of a roll call."""
     clock_seconds: float
     """Sum of the round times so far."""
     waiting_seconds: float
-    """Mean over the round's devices of (round time - own time)."""
+    """Mean over the replies of the time from their arrival to the end of the round."""
     uploaded_bytes: int
     downloaded_bytes: int
     accuracy: float | None = None

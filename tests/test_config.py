@@ -295,20 +295,24 @@ def test_every_choice_is_taken(field: dataclasses.Field[Any]) -> None:
         ({"warmup_ratio": 0.6}, "warmup_ratio = 0.6: must be below ramp_ratio = 0.6"),
         (
             {"method": "flora", "target_sparsity": 0.5},
-            "target_sparsity = 0.5: with fold = 'all' it must be 0.0",
+            "target_sparsity = 0.5: with fold = 'all' it must be 0.0; or leave fold at 'none'",
         ),
         (
             {"method": "flora", "policy": "time-model"},
-            "policy = 'time-model': with fold = 'all' it must be fixed or random or tertile",
+            "policy = 'time-model': with fold = 'all' it must be fixed or random or tertile; or leave fold at 'none'",
         ),
-        ({"method": "fedex-lora", "policy": "tertile"}, "policy = 'tertile': with fold = 'residual' it must be fixed"),
+        (
+            {"method": "fedex-lora", "policy": "tertile"},
+            "policy = 'tertile': with fold = 'residual' it must be fixed; or leave fold at 'none'",
+        ),
         (
             {"method": "fedex-lora", "aggregation": "zero-pad"},
-            "aggregation = 'zero-pad': with fold = 'residual' it must be coordinate",
+            "aggregation = 'zero-pad': with fold = 'residual' it must be coordinate; or leave fold at 'none'",
         ),
         (
             {"method": "fedsa-lora", "aggregation": "product"},
-            "aggregation = 'product': with trained_factors = 'local-b' it must be coordinate or zero-pad",
+            "aggregation = 'product': with trained_factors = 'local-b' it must be coordinate or zero-pad; "
+            "or leave trained_factors at 'both'",
         ),
     ],
 )

@@ -9,7 +9,7 @@ uniform.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,32 +61,50 @@ class Fleet:
         return replace(self, log_rates=np.where(np.isnan(self.log_rates), called, self.log_rates))
 
     def log_seconds(self, floor: float, rank: int, workload: Workload) -> NDArray[np.float64]:
-        """Predicted time of a round at this rank, with no more cut than a sparsity floor demands [devices]."""
-        ratios, rates = np.maximum(self.sparsity, floor), np.exp(self.log_rates)
-        ranks = np.full(len(ratios), float(rank))
+        """Log of the predicted time of a round at this rank, with no more cut than a sparsity floor demands [devices].
+
+        NaN where nothing is known.
+        """
+        known = np.flatnonzero(~np.isnan(self.log_rates[:, 0]))
+        ratios, rates = np.maximum(self.sparsity[known], floor), np.exp(self.log_rates[known])
+        ranks = np.full(len(known), float(rank))
         flops, moved = workload.planned_flops(ratios, ranks), workload.planned_bytes(ratios, ranks)
-        seconds: NDArray[np.float64] = np.log(rates[:, 0] * flops + rates[:, 1] * moved)
-        return seconds
+        result = np.full(len(self.asked), np.nan)
+        result[known] = np.log(rates[:, 0] * flops + rates[:, 1] * moved)
+        return result
 
 
-def choose_devices(config: RunConfig, round: int, workload: Workload, fleet: Callable[[], Fleet]) -> list[int]:
-    """The round's devices, without replacement, in ascending order. `fleet` is asked only where it matters."""
+def choose_devices(
+    config: RunConfig, round: int, workload: Workload, fleet: Callable[[], Fleet], busy: Collection[int] = ()
+) -> list[int]:
+    """The round's devices, without replacement, in ascending order; none that is busy.
+
+    `fleet` is asked only where it matters.
+    """
     if config.sampling == "uniform":
-        return sample_devices(config, round)
+        return sample_devices(config, round, busy)
     known = fleet()
     log_seconds = known.log_seconds(floor_ratio(config, round), config.fixed_rank, workload)
     rng = generator(config.seed, round, 0, Purpose.SAMPLE_DEVICES)
-    return like_speed(known.asked, log_seconds, config.sampled, rng)
+    return like_speed(known.asked, log_seconds, config.sampled, rng, busy)
 
 
 def like_speed(
-    asked: NDArray[np.int32], log_seconds: NDArray[np.float64], count: int, rng: np.random.Generator
+    asked: NDArray[np.int32],
+    log_seconds: NDArray[np.float64],
+    count: int,
+    rng: np.random.Generator,
+    busy: Collection[int] = (),
 ) -> list[int]:
-    """`count` devices around a drawn one of the fewest participations; ties are drawn too.
+    """`count` devices (or all that are free) around a drawn one of the fewest participations; ties are drawn too.
 
     Those with more than `SLACK` participations beyond the fewest come only after all others, so that over a run no two
-    devices ever differ by more than `SLACK` + 1.
+    devices that were never busy differ by more than `SLACK` + 1.
     """
+    if busy:
+        asked = asked.copy()
+        asked[list(busy)] = np.iinfo(asked.dtype).max
+        count = min(count, len(asked) - len(busy))
     fewest = int(asked.min())
     first = rng.choice(np.flatnonzero(asked == fewest))
     unknown = np.isnan(log_seconds)

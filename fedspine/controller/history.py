@@ -2,7 +2,8 @@
 
 A device costs four bytes: the row of its last pull, from which its sparsity and its earlier pulls are found. A policy
 is given the last `WINDOW` pulls of all devices and the last `OWN` of each one that is asked about, so that planning
-costs the same in every round. Against the whole past, per policy:
+costs the same in every round. (Only `sampling = speed` looks at all devices, in a few array operations.) Against the
+whole past, per policy:
 
 - fixed, random, clairvoyant look at failures only, which the own pulls hold.
 - s-ucb learns from own pulls only: exact up to `OWN` of them, beyond which a pull weighs less than 0.98^200 = 2 %.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from fedspine.config import RunConfig
 from fedspine.errors import FederationError
@@ -10,9 +12,12 @@ from fedspine.randomness import Purpose, generator
 from fedspine.types import TRAINED, Report
 
 
-def sample_devices(config: RunConfig, round: int) -> list[int]:
-    """The round's devices, without replacement, in ascending order."""
+def sample_devices(config: RunConfig, round: int, busy: Collection[int] = ()) -> list[int]:
+    """The round's devices, without replacement, in ascending order; all that are free, where those are fewer."""
     rng = generator(config.seed, round, 0, Purpose.SAMPLE_DEVICES)
+    if busy:
+        free = np.setdiff1d(np.arange(config.devices), list(busy))
+        return sorted(rng.choice(free, min(config.sampled, len(free)), replace=False).tolist())
     return sorted(int(device) for device in rng.choice(config.devices, config.sampled, replace=False))
 
 

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fedspine.config import RunConfig
+from fedspine.errors import DataError
+from fedspine.randomness import Purpose, generator
 
 FOLDER_VARIABLE = "FEDSPINE_PREPARED"
 """Names the folder with prepared data, for processes that are started from here."""
@@ -64,6 +66,8 @@ class PreparedData:
     test: Rows
     owned: tuple[NDArray[np.int64], ...]
     classes: tuple[str, ...]
+    public: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Rows of the training set that no device owns, for the server to distil on: their labels are not looked at."""
 
 
 def prepare(config: RunConfig) -> PreparedData:
@@ -84,7 +88,25 @@ def prepare(config: RunConfig) -> PreparedData:
         )
         for frame in (task.train, task.test)
     )
-    return PreparedData(train, test, partition_rows(task, config), task.classes)
+    public = _public_rows(config, len(train))
+    if not len(public):
+        return PreparedData(train, test, partition_rows(task, config), task.classes)
+    rest = np.delete(np.arange(len(train)), public)
+    owned = partition_rows(replace(task, train=task.train.iloc[rest].reset_index(drop=True)), config)
+    return PreparedData(train, test, tuple(rest[rows] for rows in owned), task.classes, public)
+
+
+def _public_rows(config: RunConfig, rows: int) -> NDArray[np.int64]:
+    """Errors: `DataError` when fewer rows than devices would be left."""
+    if not config.distill_steps:
+        return np.empty(0, np.int64)
+    if config.distill_examples > rows - config.devices:
+        raise DataError(
+            f"distill_examples = {config.distill_examples}: '{config.data}' has {rows} training rows and every one of "
+            f"the {config.devices} devices needs one; at most {rows - config.devices} can be set aside"
+        )
+    rng = generator(config.seed, 0, 0, Purpose.PUBLIC_ROWS)
+    return np.sort(rng.choice(rows, config.distill_examples, replace=False))
 
 
 @contextmanager
@@ -121,7 +143,7 @@ def find(settings: str) -> PreparedData | None:
         return Rows(texts, pairs, arrays[f"{name}-labels"])
 
     owned = tuple(np.split(arrays["owned"], np.cumsum(arrays["counts"])[:-1]))
-    return PreparedData(rows("train"), rows("test"), owned, classes)
+    return PreparedData(rows("train"), rows("test"), owned, classes, arrays["public"])
 
 
 def _place(folder: str, settings: str) -> Path:
@@ -135,6 +157,7 @@ def _write(data: PreparedData, place: Path) -> None:
         for part, texts in (("texts", rows.texts), ("pairs", rows.pairs)):
             if texts is not None:
                 arrays |= {f"{name}-{part}": texts.data, f"{name}-{part}-offsets": texts.offsets}
+    arrays["public"] = data.public
     arrays["owned"] = np.concatenate(data.owned)
     arrays["counts"] = np.array([len(rows) for rows in data.owned])
     save_file(arrays, place, metadata={"classes": json.dumps(data.classes)})

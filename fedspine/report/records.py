@@ -20,7 +20,7 @@ def record_to_line(record: RoundRecord) -> str:
 def record_from_line(line: str) -> RoundRecord:
     """The inverse of `record_to_line`."""
     values = json.loads(line)
-    values["pulls"] = tuple(_pull(pull) for pull in values["pulls"])
+    values["pulls"] = tuple(pull_of(pull) for pull in values["pulls"])
     values["roll_call"] = {int(device): Probe(**probe) for device, probe in values.get("roll_call", {}).items()}
     return RoundRecord(**values)
 
@@ -73,7 +73,8 @@ def _to_json(record: RoundRecord) -> dict[str, Any]:
     return dataclasses.asdict(record)
 
 
-def _pull(values: dict[str, Any]) -> Pull:
+def pull_of(values: dict[str, Any]) -> Pull:
+    """The inverse of `dataclasses.asdict` of a pull."""
     probe, report = values["probe"], values["report"]
     salience = tuple(report.get("module_salience", ()))
     return Pull(

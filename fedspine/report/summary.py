@@ -66,6 +66,7 @@ def summarise(
         "uploaded_bytes": sum(record.uploaded_bytes for record in records),
         "downloaded_bytes": sum(record.downloaded_bytes for record in records),
         "devices_that_took_part": len({pull.device for pull in pulls if pull.report.outcome == TRAINED}),
+        "late_replies": sum(pull.round < record.round for record in records for pull in record.pulls),
         "device_memory_bytes": max((pull.report.peak_memory_bytes for pull in pulls), default=0),
         "out_of_memory": sum(pull.report.outcome == OUT_OF_MEMORY for pull in pulls),
         "wall_seconds": sum(record.wall["seconds"] for record in records),

@@ -61,7 +61,7 @@ def train_request(device: int, round: int = 1, rank: int = 8) -> TrainRequest:
         (np.full(12, layer, dtype=np.float32), np.linspace(0, 1, 11, dtype=np.float32)) for layer in range(2)
     )
     return TrainRequest(
-        round, device, Action(0.1, rank), STRUCTURE, arrays(device), scores if device % 2 else None, '{"é": 1}'
+        round, device, Action(0.1, rank, device), STRUCTURE, arrays(device), scores if device % 2 else None, '{"é": 1}'
     )
 
 
