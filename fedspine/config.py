@@ -154,6 +154,9 @@ class RunConfig:
         "first",
         "always",
     )
+    timed_examples: int = _key(
+        0, "rows of the local iteration that a probe times: fewer cost a device less; 0: a whole batch", min=0, max=4096
+    )
 
     # measuring
     target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)
@@ -177,6 +180,11 @@ class RunConfig:
     def uses_probe(self) -> bool:
         """Only policies that ask for times gain from a probe; the others are not charged for one."""
         return self.probe != "never" and self.policy in ("fedspine", "time-model", "tertile")
+
+    @property
+    def probe_share(self) -> float:
+        """Share of a local iteration that a probe computes."""
+        return min(1.0, self.timed_examples / self.batch_size) if self.timed_examples else 1.0
 
     @property
     def cuts_per_round(self) -> int:

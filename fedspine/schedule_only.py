@@ -57,6 +57,9 @@ class ScheduledRound:
     mean_quality: float
     progress: float
     """Sum of all qualities so far."""
+    worth: float
+    """Sum so far of what the surface expects of the local rounds, without noise and without what cutting adds, which in
+    the end is the same for all: what policies are compared by."""
     out_of_memory: int
 
 
@@ -112,6 +115,7 @@ def schedule(
         "virtual_seconds": line.clock_seconds,
         "progress": line.progress,
         "progress_per_virtual_second": line.progress / line.clock_seconds,
+        "worth": line.worth,
         "mean_waiting_seconds": waiting / config.rounds,
         "devices_that_took_part": scheduler.history.devices_seen,
         "out_of_memory": lost,
@@ -150,6 +154,7 @@ class _Scheduler:
         self._log_reference: float | None = None
         self._clock_seconds = 0.0
         self._progress = 0.0
+        self._worth = 0.0
 
     def play(self, number: int) -> ScheduledRound:
         """One round, from sampling to reward. Errors: `FederationError` when the quorum is missed."""
@@ -182,7 +187,7 @@ class _Scheduler:
             return [None] * len(devices)
         seen = self.history.seen(devices) if self.config.probe == "first" else [False] * len(devices)
         flops = self.workload.planned_flops(np.array(ratios), np.array(float(self.config.fixed_rank)))
-        per_iteration = flops / self.config.local_iterations
+        per_iteration = self.config.probe_share * flops / self.config.local_iterations
         return [
             None if known else self._meters[device].probe(float(count))
             for device, known, count in zip(devices, seen, per_iteration, strict=True)
@@ -243,6 +248,9 @@ class _Scheduler:
         slowest = float(max(times))
         self._clock_seconds += slowest
         self._progress += sum(pull.quality for pull in pulls)
+        trained = [pull for pull in pulls if pull.report.outcome == TRAINED]
+        choices = [pull.action.lora_rank for pull in trained], [pull.ratio_after for pull in trained]
+        self._worth += float(self.surface.quality(*choices, 0.0, number / self.config.rounds).sum())
         return ScheduledRound(
             round=number,
             floor_ratio=floor_ratio(self.config, number),
@@ -252,6 +260,7 @@ class _Scheduler:
             mean_sparsity=fmean(pull.ratio_after for pull in pulls),
             mean_quality=fmean(pull.quality for pull in pulls),
             progress=self._progress,
+            worth=self._worth,
             out_of_memory=sum(pull.report.outcome == OUT_OF_MEMORY for pull in pulls),
         )
 

@@ -313,6 +313,11 @@ def test_only_policies_that_predict_times_probe(values: dict[str, Any], expected
     assert RunConfig.from_values(values).uses_probe is expected
 
 
+@pytest.mark.parametrize(("rows", "share"), [(0, 1.0), (2, 0.25), (8, 1.0), (9, 1.0)])
+def test_a_probe_times_a_part_of_a_batch(rows: int, share: float) -> None:
+    assert RunConfig(batch_size=8, timed_examples=rows).probe_share == share
+
+
 def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "absent.toml"
     with pytest.raises(ConfigError) as caught:
