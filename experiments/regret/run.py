@@ -49,6 +49,10 @@ CELLS: dict[str, dict[str, Any]] = {
     "mixed, other surface": {**SMALL, "population": "jetson-80", "surface": OTHER},
     "compute-bound, other surface": {**SMALL, "population": "jetson-80-compute-bound", "surface": OTHER},
 }
+DRAWN = (
+    "mixed", "compute-bound", "compute-bound, drifting", "mixed, 200 rounds", "compute-bound, drifting, 200 rounds",
+    "mixed, 100 of 1,000",
+)  # fmt: skip
 BOUND, CONTROL, USUAL = "clairvoyant", "random", "fixed"
 POLICIES: dict[str, dict[str, Any]] = {
     USUAL: {},
@@ -144,7 +148,7 @@ def analysed(curves: Curves) -> dict[str, Any]:
                 (usual - own) / (usual - best)
                 for usual, own, best in zip(price[USUAL], price[policy], price[BOUND], strict=True)
             ],
-            "first_separable": first_separable(regrets[policy], regrets[CONTROL]) if policy != CONTROL else None,
+            "beats": {other: first_separable(regrets[policy], regrets[other]) for other in (CONTROL, USUAL)},
         }
     return found
 
@@ -154,11 +158,14 @@ def _seconds_per_worth(run: Mapping[str, Floats]) -> float:
 
 
 def _band(curves: Sequence[Floats]) -> dict[str, list[float]]:
-    """Mean and half width of the 95 % interval over seeds, four digits."""
+    """Mean and half width of the 95 % interval over seeds at about 40 rounds, the last among them; three digits."""
     table = np.array(curves)
+    rounds = np.arange(table.shape[1], 0, -max(1, table.shape[1] // 40))[::-1]
+    table = table[:, rounds - 1]
     return {
-        "mean": [float(f"{value:.4g}") for value in table.mean(0)],
-        "half": [float(f"{half_width(row) or 0.0:.4g}") for row in table.T],
+        "round": rounds.tolist(),
+        "mean": [float(f"{value:.3g}") for value in table.mean(0)],
+        "half": [float(f"{half_width(row) or 0.0:.2g}") for row in table.T],
     }
 
 
@@ -167,8 +174,6 @@ def _table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     for cell, policies in cells.items():
         usual = policies[USUAL]
         for policy, found in policies.items():
-            first = found["first_separable"]
-            sampled = CELLS[cell]["sampled"]
             shares = [100 * own / other for own, other in zip(found["waiting"], usual["waiting"], strict=True)]
             rows.append(
                 (
@@ -178,34 +183,42 @@ def _table(cells: Mapping[str, Mapping[str, Any]]) -> str:
                     interval(found["final_regret"], 1),
                     f"{interval([100 * share for share in found['closed']], 0)} %",
                     f"{interval(shares, 0)} %",
-                    "" if policy == CONTROL else f"{first} ({first * sampled} pulls)" if first else "not separable",
+                    *(
+                        "" if policy == other else _when(found["beats"][other], CELLS[cell]["sampled"])
+                        for other in (CONTROL, USUAL)
+                    ),
                 )
             )
     header = (
         "population", "policy", "virtual s per unit of progress", "regret at the end, virtual s",
         "gap fixed to clairvoyant closed", "waiting against fixed", "better than random from round",
+        "better than fixed from round",
     )  # fmt: skip
     return markdown(header, rows)
 
 
+def _when(first: int | None, sampled: int) -> str:
+    return f"{first} ({first * sampled:,} pulls)" if first else "not separable"
+
+
 def _draw(cells: Mapping[str, Mapping[str, Any]], key: str, label: str, path: Path) -> None:
+    drawn = {cell: policies for cell, policies in cells.items() if cell in DRAWN} or cells
     columns = 3
-    rows = -(-len(cells) // columns)
-    figure = new_figure(5 * columns, 3.4 * rows)
+    rows = -(-len(drawn) // columns)
+    figure = new_figure(4 * columns, 2.8 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (cell, policies) in zip(axes, cells.items(), strict=False):
+    for axis, (cell, policies) in zip(axes, drawn.items(), strict=False):
         for number, (policy, found) in enumerate(policies.items()):
-            mean, half = (np.array(found[key][part]) for part in ("mean", "half"))
+            rounds, mean, half = (np.array(found[key][part]) for part in ("round", "mean", "half"))
             colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS)]
-            rounds = np.arange(1, len(mean) + 1)
             axis.plot(rounds, mean, style, lw=1.5, color=colour, label=policy)
             axis.fill_between(rounds, mean - half, mean + half, color=colour, alpha=0.12, lw=0)
         axis.set(title=cell, xlabel="round", ylabel=label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[len(cells) :]:
+    for axis in axes[len(drawn) :]:
         axis.set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=7)
     save_figure(figure, path)
 
 
