@@ -205,12 +205,13 @@ def _draw(cells: Mapping[str, Mapping[str, Any]], key: str, label: str, path: Pa
     drawn = {cell: policies for cell, policies in cells.items() if cell in DRAWN} or cells
     columns = 3
     rows = -(-len(drawn) // columns)
-    figure = new_figure(4 * columns, 2.8 * rows)
+    figure = new_figure(2 + 4 * columns, 2.8 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (cell, policies) in zip(axes, drawn.items(), strict=False):
         for number, (policy, found) in enumerate(policies.items()):
             rounds, mean, half = (np.array(found[key][part]) for part in ("round", "mean", "half"))
             colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS)]
+            colour = "black" if policy == BOUND else colour
             axis.plot(rounds, mean, style, lw=1.5, color=colour, label=policy)
             axis.fill_between(rounds, mean - half, mean + half, color=colour, alpha=0.12, lw=0)
         axis.set(title=cell, xlabel="round", ylabel=label)
@@ -218,7 +219,7 @@ def _draw(cells: Mapping[str, Mapping[str, Any]], key: str, label: str, path: Pa
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(drawn) :]:
         axis.set_visible(False)
-    axes[0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
