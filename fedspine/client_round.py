@@ -311,11 +311,13 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
 
 
 def probe(request: ProbeRequest) -> Probe:
-    """Time one local iteration and a small transfer, before the configuration of the round is fixed."""
+    """Time a local iteration, or a part of its batch, and a small transfer, before the round's choice is made."""
     bench = workbench(request.settings)
     config = bench.config
     meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
-    return meter.probe(bench.workload.iteration_flops(request.structure.counts(), request.lora_rank))
+    return meter.probe(
+        config.probe_share * bench.workload.iteration_flops(request.structure.counts(), request.lora_rank)
+    )
 
 
 def evaluate_device(request: EvaluateRequest, own: bool = False) -> EvaluateReply:

@@ -172,12 +172,14 @@ class RunConfig:
     )
     probe: str = _key(
         "first",
-        "time an iteration and a small transfer before a configuration is fixed: in a device's first round, in every "
-        "round, or on all devices at once before the first round (roll-call)",
+        "time an iteration and a small transfer before a configuration is fixed: in a device's first round, or in all",
         "never",
         "first",
         "always",
-        "roll-call",
+    )
+    roll_call: bool = _key(False, "time them on all devices before the first round, for sampling=speed and policies")
+    timed_examples: int = _key(
+        0, "rows of the local iteration that a probe times: fewer cost a device less; 0: a whole batch", min=0, max=4096
     )
 
     # after the last round
@@ -205,16 +207,21 @@ class RunConfig:
     @property
     def uses_probe(self) -> bool:
         """Only choices that ask for times gain from a probe; the others are not charged for one."""
-        return self.probe in ("first", "always") and self._asks_for_times
+        return self.probe != "never" and self._asks_for_times
 
     @property
     def uses_roll_call(self) -> bool:
         """The same of a probe of all devices, which sampling can use as well."""
-        return self.probe == "roll-call" and (self._asks_for_times or self.sampling == "speed")
+        return self.roll_call and (self._asks_for_times or self.sampling == "speed")
 
     @property
     def _asks_for_times(self) -> bool:
         return self.policy in ("fedspine", "time-model", "tertile") or self.local_work == "deadline"
+
+    @property
+    def probe_share(self) -> float:
+        """Share of a local iteration that a probe computes."""
+        return min(1.0, self.timed_examples / self.batch_size) if self.timed_examples else 1.0
 
     @property
     def cuts_per_round(self) -> int:

@@ -11,7 +11,7 @@ Nothing here knows torch, Flower or the simulator: the exchange, the policy and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Protocol
@@ -169,7 +169,7 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     )
     structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
     before = [structure.sparsity(shape) for structure in structures]
-    probes = _probe(federation, records, round, devices, structures)
+    probes = _probe(federation, {*called, *(pull.device for pull in pulls)}, round, devices, structures)
     ranks = rank_grid(config.min_rank, config.max_rank)
     took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)
     candidates = []
@@ -269,15 +269,14 @@ def evaluate_round(federation: Federation, state: ServerState, record: RoundReco
 
 
 def _probe(
-    federation: Federation,
-    records: Sequence[RoundRecord],
-    round: int,
-    devices: Sequence[int],
-    structures: Sequence[Structure],
+    federation: Federation, met: Collection[int], round: int, devices: Sequence[int], structures: Sequence[Structure]
 ) -> list[Probe | None]:
-    """A fresh measurement of the devices that have to be probed in this round; None for the others."""
+    """A fresh measurement of the devices that have to be probed in this round; None for the others.
+
+    `met`: those that were measured before.
+    """
     config = federation.config
-    known = {pull.device for record in records for pull in record.pulls} if config.probe == "first" else set()
+    known = met if config.probe == "first" else ()
     wanted = {
         device: ProbeRequest(round, device, structure, config.fixed_rank, config.to_json())
         for device, structure in zip(devices, structures, strict=True)

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedspine.config import RunConfig, configured
 from fedspine.controller.cohort import choose_devices
@@ -59,6 +60,9 @@ class ScheduledRound:
     mean_quality: float
     progress: float
     """Sum of all qualities so far."""
+    worth: float
+    """Sum so far of what the surface expects of the local rounds, without noise and without what cutting adds, which in
+    the end is the same for all: what policies are compared by."""
     out_of_memory: int
 
 
@@ -114,6 +118,7 @@ def schedule(
         "virtual_seconds": line.clock_seconds,
         "progress": line.progress,
         "progress_per_virtual_second": line.progress / line.clock_seconds,
+        "worth": line.worth,
         "mean_waiting_seconds": waiting / config.rounds,
         "devices_that_took_part": scheduler.history.devices_seen,
         "out_of_memory": lost,
@@ -157,6 +162,7 @@ class _Scheduler:
         self._log_reference: float | None = None
         self._clock_seconds = 0.0
         self._progress = 0.0
+        self._worth = 0.0
 
     def play(self, number: int) -> ScheduledRound:
         """One round, from sampling to reward. Errors: `FederationError` when the quorum is missed."""
@@ -201,7 +207,8 @@ class _Scheduler:
         config = self.config
         if not config.uses_roll_call:
             return 0.0
-        flops = float(self.workload.planned_flops(0.0, float(config.fixed_rank))) / config.local_iterations
+        flops = config.probe_share * float(self.workload.planned_flops(0.0, float(config.fixed_rank)))
+        flops /= config.local_iterations
         self._called = {
             device: VirtualMeter(device_state(self.population, config.seed, device, 1)).probe(flops)
             for device in range(config.devices)
@@ -212,9 +219,12 @@ class _Scheduler:
         """A measurement of every device that has to be probed, None for the others."""
         if not self.config.uses_probe:
             return [None] * len(devices)
-        seen = self.history.seen(devices) if self.config.probe == "first" else [False] * len(devices)
+        first = self.config.probe == "first"
+        seen = [
+            first and (met or one in self._called) for one, met in zip(devices, self.history.seen(devices), strict=True)
+        ]
         flops = self.workload.planned_flops(np.array(ratios), np.array(float(self.config.fixed_rank)))
-        per_iteration = flops / self.config.local_iterations
+        per_iteration = self.config.probe_share * flops / self.config.local_iterations
         return [
             None if known else self._meters[device].probe(float(count))
             for device, known, count in zip(devices, seen, per_iteration, strict=True)
@@ -272,14 +282,21 @@ class _Scheduler:
             number / self.config.rounds,
         )
         noise = generator(self.config.seed, number, 0, Purpose.SURFACE).standard_normal(len(pulls))
-        shares = np.array([self.workload.share(pull.action) for pull in pulls])
-        return [float(quality) for quality in shares * (expected + self.surface.sigma * noise)]
+        return [float(quality) for quality in self._shares(pulls) * (expected + self.surface.sigma * noise)]
+
+    def _shares(self, pulls: list[Pull]) -> NDArray[np.float64]:
+        """Of the configured local iterations that each did [pulls]."""
+        return np.array([self.workload.share(pull.action) for pull in pulls])
 
     def _line(self, number: int, pulls: list[Pull], closing: Closing[Awaited]) -> ScheduledRound:
         """A late reply's progress is discounted as its weight would be."""
         self._clock_seconds += float(closing.seconds)
-        discounts = [each.discount(number, self.config.max_staleness) for each in closing.arrived]
-        self._progress += sum(discount * pull.quality for discount, pull in zip(discounts, pulls, strict=True))
+        discounts = np.array([each.discount(number, self.config.max_staleness) for each in closing.arrived])
+        self._progress += float(discounts @ [pull.quality for pull in pulls])
+        trained = [pull.report.outcome == TRAINED for pull in pulls]
+        choices = [pull.action.lora_rank for pull in pulls], [pull.ratio_after for pull in pulls]
+        worth = self.surface.quality(*choices, 0.0, number / self.config.rounds)
+        self._worth += float((discounts * trained * self._shares(pulls)) @ worth)
         return ScheduledRound(
             round=number,
             floor_ratio=floor_ratio(self.config, number),
@@ -289,6 +306,7 @@ class _Scheduler:
             mean_sparsity=fmean(pull.ratio_after for pull in pulls),
             mean_quality=fmean(pull.quality for pull in pulls),
             progress=self._progress,
+            worth=self._worth,
             out_of_memory=sum(pull.report.outcome == OUT_OF_MEMORY for pull in pulls),
         )
 

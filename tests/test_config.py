@@ -339,10 +339,15 @@ def test_only_policies_that_predict_times_probe(values: dict[str, Any], expected
 
 
 def test_a_roll_call_is_for_what_asks_for_times() -> None:
-    assert RunConfig(probe="roll-call").uses_roll_call
-    assert not RunConfig(probe="roll-call").uses_probe
-    assert RunConfig(probe="roll-call", policy="fixed", sampling="speed").uses_roll_call
-    assert not RunConfig(probe="roll-call", policy="fixed").uses_roll_call
+    assert RunConfig(roll_call=True).uses_roll_call
+    assert not RunConfig().uses_roll_call
+    assert RunConfig(roll_call=True, policy="fixed", sampling="speed").uses_roll_call
+    assert not RunConfig(roll_call=True, policy="fixed").uses_roll_call
+
+
+@pytest.mark.parametrize(("rows", "share"), [(0, 1.0), (2, 0.25), (8, 1.0), (9, 1.0)])
+def test_a_probe_times_a_part_of_a_batch(rows: int, share: float) -> None:
+    assert RunConfig(batch_size=8, timed_examples=rows).probe_share == share
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -40,5 +40,7 @@ def test_the_loss_is_that_of_the_shifted_logits() -> None:
 
 
 def test_only_classes_have_a_prior() -> None:
-    with pytest.raises(ConfigError, match="task = 'causal-lm': with logit_adjustment = 1.0 it must be classification"):
+    with pytest.raises(
+        ConfigError, match=r"task = 'causal-lm': with logit_adjustment = 1\.0 it must be classification"
+    ):
         RunConfig(task="causal-lm", logit_adjustment=1.0)

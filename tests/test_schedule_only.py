@@ -68,7 +68,7 @@ def test_times_of_the_fixed_policy_are_those_of_the_clock(tmp_path: Path, interv
     workload, fleet = workload_of(config, minilm_shape(config)), load_population("jetson-80", 12)
     structure = 6 * (2 + 192)
     ratios = dict.fromkeys(range(12), 0.0)
-    clock = 0.0
+    clock = worth = 0.0
     for line in lines(fedspine.schedule(config, out=tmp_path / "run").directory):
         times = []
         for device in sample_devices(config, line["round"]):
@@ -89,6 +89,8 @@ def test_times_of_the_fixed_policy_are_those_of_the_clock(tmp_path: Path, interv
         assert line["clock_seconds"] == pytest.approx(clock, rel=1e-9)
         assert line["waiting_seconds"] == pytest.approx(max(times) - np.mean(times), rel=1e-9)
         assert line["mean_rank"] == 8
+        worth += 4 * float(DEFAULT.quality(8, line["mean_sparsity"], 0.0, line["round"] / 12))
+        assert line["worth"] == pytest.approx(worth, rel=1e-9)
 
 
 def test_planned_memory_is_that_of_an_evenly_cut_model() -> None:

@@ -87,10 +87,10 @@ def main() -> None:
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(json.dumps(_collected(options.out)) + "\n")
     saved = json.loads(results.read_text())
-    found: Found = {
-        (entry["task"], entry["population"]): (entry["runs"], View(entry["target"], BASELINE, entry["inference"]))
-        for entry in saved["comparisons"]
-    }
+    found: Found = {}
+    for entry in saved["comparisons"]:
+        view = View(entry["target"], entry["baseline"], entry["inference"])
+        found[entry["task"], entry["population"]] = entry["runs"], view
     text = _page(found, saved["commit"])
     (options.results / "tables.md").write_text(text)
     _draw(found, options.results)
@@ -145,6 +145,7 @@ def _collected(out: Path) -> dict[str, Any]:
                     "task": task,
                     "population": population,
                     "target": done["target"],
+                    "baseline": done["baseline"],
                     "inference": done["inference"],
                     "runs": runs,
                 }

@@ -73,7 +73,7 @@ class VirtualMeter:
         return nbytes > self.state.memory_bytes
 
     def probe(self, flops: float) -> Probe:
-        """Time one local iteration of `flops` and a small transfer."""
+        """Time a local iteration, or a part of one, of `flops`, and a small transfer."""
         compute = self.compute_seconds(flops, 1)
         empty = self.download_seconds(0) + self.upload_seconds(0)
         transfer = self.download_seconds(PROBE_BYTES) + self.upload_seconds(PROBE_BYTES)

@@ -111,8 +111,8 @@ def test_a_roll_call_counts_until_a_device_has_trained() -> None:
 def test_a_roll_call_shortens_the_first_rounds(tmp_path: Path) -> None:
     """By more than it costs: without it every device's first round is one of strangers."""
     learned, called = (
-        fedspine.schedule(out=tmp_path / probe, sampling="speed", probe=probe, rounds=8, sampled=10).summary
-        for probe in ("first", "roll-call")
+        fedspine.schedule(out=tmp_path / str(call), sampling="speed", roll_call=call, rounds=8, sampled=10).summary
+        for call in (False, True)
     )
     assert called["virtual_seconds"] < 0.8 * learned["virtual_seconds"]
 

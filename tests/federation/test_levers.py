@@ -14,7 +14,7 @@ from tests.small_run import KEYS, write_data, write_model
 
 LEVERS: dict[str, Any] = {
     "sampling": "speed",
-    "probe": "roll-call",
+    "roll_call": True,
     "local_work": "deadline",
     "logit_adjustment": 1.0,
     "prune_interval": 1,

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fedspine.checkpoint import FILE, load_state
 from fedspine.client_round import workbench
 from fedspine.config import METHODS, RunConfig, load_config
+from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.errors import CheckpointError, ConfigError, FederationError
 from fedspine.report.observer import RunPlan
 from fedspine.simulation import RunResult, fastest_engine, simulate
@@ -299,6 +300,16 @@ def test_a_device_out_of_memory_is_an_outcome(folders: Folders, tmp_path: Path) 
     )
     shares = sparsities(run.directory)
     np.testing.assert_allclose([shares[device] for device in lost], 0.4, rtol=0, atol=channel_share(run.directory))
+
+
+@pytest.mark.parametrize(("rows", "share"), [(0, 1.0), (1, 0.25)])
+def test_a_probe_costs_the_rows_that_it_times(folders: Folders, tmp_path: Path, rows: int, share: float) -> None:
+    keys = {**KEYS, **folders, "rounds": 1, "warmup_ratio": 0.0, "timed_examples": rows}
+    (record,) = simulate(out=tmp_path / "run", **keys).records
+    bench = workbench(load_config(tmp_path / "run/config.toml", {}).to_json())
+    flops = share * bench.workload.iteration_flops(Structure.full(bench.shape).counts(), bench.config.fixed_rank)
+    for pull in record.pulls:
+        assert pull.probe == VirtualMeter(device_state(bench.population, 0, pull.device, 1)).probe(flops)
 
 
 def test_too_few_devices_stop_the_run_with_the_quorum(folders: Folders, tmp_path: Path) -> None:
