@@ -27,7 +27,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig, load_config, parse_override
 from fedspine.lora.adapters import kept_features
 from fedspine.model import load_base
@@ -38,6 +37,7 @@ from fedspine.simulation import simulate
 from fedspine.structure import Structure
 from fedspine.training import tensors
 from fedspine.types import RoundRecord
+from fedspine.workbench import Workbench, workbench
 
 MODES = {
     "float32": ("inline", "float32"),

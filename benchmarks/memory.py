@@ -40,7 +40,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedspine.client_round import Local, Workbench, tuned
+from fedspine.client_round import Local, tuned
 from fedspine.config import RunConfig
 from fedspine.cost import workload_of
 from fedspine.data.encode import Encoded
@@ -55,6 +55,7 @@ from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.training import tensors
 from fedspine.types import TRAINED, Action, Report, TrainRequest
+from fedspine.workbench import Workbench
 
 ROWS, LENGTH, RANK = 4, 256, 8
 STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

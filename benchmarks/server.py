@@ -16,7 +16,6 @@ import numpy as np
 
 from fedspine.aggregation import RULES
 from fedspine.aggregation.update import Update
-from fedspine.client_round import configure_threads
 from fedspine.config import RunConfig
 from fedspine.controller.policy import make_policy, rank_grid
 from fedspine.cost import workload_of
@@ -25,6 +24,7 @@ from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_base
 from fedspine.structure import ModelShape, Structure
 from fedspine.types import TRAINED, Action, Candidate, Pull, Report
+from fedspine.workbench import configure_threads
 
 DEVICES, PAST, REPLIES, RUNS = 1_000, 3_000, 100, 3
 

@@ -1,36 +1,27 @@
 """The client's side of a round: cut, tune, score, cut again, recover, report. Pure functions of a request.
 
-The base model, the tokenizer and the encoded data stay in the process, keyed by the configuration, so that only
-adapters and structures travel. In a simulation one process stands in for many devices.
+In a simulation one process stands in for many devices, on one workbench.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
 from fedspine.controller.schedule import warmup_rounds
-from fedspine.cost import FLOAT_BYTES, Workload, workload_of
-from fedspine.data.encode import Batch, Encoded, balanced_sample, encode, evaluation_batches, training_batches
-from fedspine.data.language import encode_language
-from fedspine.data.prepared import PreparedData, Rows, find, prepare
+from fedspine.cost import FLOAT_BYTES
+from fedspine.data.encode import Batch, Encoded, balanced_sample
 from fedspine.devices.clock import VirtualMeter, device_state
-from fedspine.devices.population import Population, load_population
 from fedspine.logit_adjustment import logit_shift
-from fedspine.lora.adapters import narrow, nbytes, rank_of, ranks_of, start_adapters, widen
+from fedspine.lora.adapters import narrow, nbytes, rank_of, ranks_of, widen
 from fedspine.lora.factors import BOTH, completed, known_to, of_sides, shared, trained_sides
 from fedspine.lora.norms import update_norm
 from fedspine.lora.proximal import Proximal
 from fedspine.lora.rank_salience import RankSalience
 from fedspine.lora.rank_tail import RankTail, kept_rank
-from fedspine.lora.resident import ResidentModel
-from fedspine.model import load_base, load_tokenizer
 from fedspine.pruning.importance import SCORERS, TaylorScorer
 from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
@@ -52,102 +43,9 @@ from fedspine.types import (
     TrainReply,
     TrainRequest,
 )
+from fedspine.workbench import Workbench, configure_threads, workbench
 
-EVALUATION_BATCH = 64
 PROBE_PART = 8
-MOST_LOGITS = 2**25
-"""That an evaluation batch of a language model may have: 128 MB in float32."""
-DEVICES_KEPT = 128
-"""Devices whose rows stay tokenized in a process."""
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """All that stays in a process for one configuration."""
-
-    config: RunConfig
-    data: PreparedData
-    test: Encoded
-    of_device: Callable[[int], Encoded]
-    """The training rows of a device."""
-    resident: ResidentModel
-    population: Population
-    pad_id: int
-    public: Encoded | None = None
-    """Texts to distil on, where the run does."""
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.resident.shape
-
-    @property
-    def workload(self) -> Workload:
-        return workload_of(self.config, self.shape)
-
-    @cached_property
-    def start(self) -> Arrays:
-        """Adapters that change nothing yet, in full coordinates, and the head as it was loaded: every machine's."""
-        rng = generator(self.config.seed, 0, 0, Purpose.ADAPTERS)
-        return start_adapters(self.shape, self.config.max_rank, rng) | self.resident.head_arrays()
-
-    def training_batches(self, device: int, round: int, iterations: int) -> Iterator[Batch]:
-        """The mini-batches of a device's local round; all devices of a round take the same turns."""
-        seed = self.config.seed
-        rng = generator(seed, round, device, Purpose.BATCHES)
-        turns = generator(seed, round, 0, Purpose.BATCH_ORDER)
-        return training_batches(self.of_device(device), self.config.batch_size, iterations, rng, self.pad_id, turns)
-
-    def evaluation_batches(self, rows: Encoded, most: int = EVALUATION_BATCH) -> Iterator[Batch]:
-        """Every row once, at most `most` together."""
-        logits_of_row = self.config.max_length * max(1, self.shape.vocabulary)
-        return evaluation_batches(rows, max(1, min(most, MOST_LOGITS // logits_of_row)), self.pad_id)
-
-
-def configure_threads(threads: int) -> None:
-    """Torch threads of this process: matrix products differ in their last bit between thread counts."""
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-
-
-@lru_cache(maxsize=1)
-def workbench(settings: str) -> Workbench:
-    """Load model and data for a configuration (JSON) once per process.
-
-    Errors: `DataError`, `ModelError`, `PopulationError`.
-    """
-    config = RunConfig.from_json(settings)
-    configure_threads(config.threads)
-    population = load_population(config.population, config.devices)
-    tokenizer = load_tokenizer(config)
-    data = find(settings) or prepare(config)
-    pad_id = tokenizer.pad_token_id or 0
-    model, family = load_base(config, len(data.classes), pad_id)
-    resident = ResidentModel(
-        model,
-        family,
-        config.lora_targets,
-        config.max_rank,
-        config.lora_scale,
-        getattr(torch, config.dtype),
-        config.torch_device,
-        config.gradient_checkpointing,
-    )
-
-    def tokens(rows: Rows, index: NDArray[np.int64]) -> Encoded:
-        pairs = rows.pairs.take(index) if rows.pairs else None
-        encoder = encode_language if config.task == "causal-lm" else encode
-        return encoder(tokenizer, rows.texts.take(index), pairs, rows.labels[index], config.max_length)
-
-    return Workbench(
-        config=config,
-        data=data,
-        test=tokens(data.test, np.arange(len(data.test))),
-        of_device=lru_cache(DEVICES_KEPT)(lambda device: tokens(data.train, data.owned[device])),
-        resident=resident,
-        population=population,
-        pad_id=pad_id,
-        public=tokens(data.train, data.public) if len(data.public) else None,
-    )
 
 
 @dataclass(frozen=True)

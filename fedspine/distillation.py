@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedspine.client_round import Workbench
 from fedspine.data.encode import training_batches
 from fedspine.federation import ServerState
 from fedspine.lora.adapters import kept_features, narrow, widen
@@ -23,6 +22,7 @@ from fedspine.randomness import Purpose, generator
 from fedspine.structure import ModelShape, Structure
 from fedspine.training import LocalOptimizer, predictions
 from fedspine.types import Array, Arrays
+from fedspine.workbench import Workbench
 
 TEMPERATURE = 2.0
 

@@ -24,7 +24,6 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from fedspine.artifact import ADAPTER, assembled, load_model, save_adapter, save_model
 from fedspine.benchmark import alternate
 from fedspine.checkpoint import FILE, load_state
-from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig, load_config
 from fedspine.data.encode import evaluation_batches
 from fedspine.data.language import prompt_text
@@ -40,6 +39,7 @@ from fedspine.run_directory import free_directory
 from fedspine.structure import Structure
 from fedspine.training import evaluate, tensors
 from fedspine.types import Arrays
+from fedspine.workbench import Workbench, workbench
 
 REPEATS = 15
 """Forward passes of each model whose latency is measured."""

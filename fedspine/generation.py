@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine.client_round import Workbench
 from fedspine.data.language import prompt_ids
 from fedspine.data.prepared import PreparedData
 from fedspine.errors import ConfigError, DataError
@@ -19,6 +18,7 @@ from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_tokenizer
 from fedspine.structure import Structure
 from fedspine.types import Arrays, RoundRecord
+from fedspine.workbench import Workbench
 
 
 def check_metrics(data: PreparedData) -> None:

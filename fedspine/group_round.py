@@ -9,15 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedspine.client_round import (
-    Local,
-    Workbench,
-    begin,
-    configure_threads,
-    next_structure,
-    probe_batch,
-    workbench,
-)
+from fedspine.client_round import Local, begin, next_structure, probe_batch
 from fedspine.config import RunConfig
 from fedspine.data.encode import Batch
 from fedspine.errors import ConfigError
@@ -29,6 +21,7 @@ from fedspine.pruning.importance import FisherScorer, mask_scores
 from fedspine.stopwatch import Stopwatch
 from fedspine.training import tensors
 from fedspine.types import Scores, TrainReply, TrainRequest
+from fedspine.workbench import Workbench, configure_threads, workbench
 
 _LACKS = (
     ("proximal", 0, "no terms beside the loss"),

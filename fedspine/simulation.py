@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from fedspine.checkpoint import FILE, load_state, save_state
-from fedspine.client_round import Workbench, configure_threads, workbench
 from fedspine.config import RunConfig, configured, load_config
 from fedspine.config_rules import check_deployable
 from fedspine.controller.policy import make_policy
@@ -51,6 +50,7 @@ from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.training import LocalOptimizer, evaluate, tune
 from fedspine.types import Arrays, ProbeRequest, RoundRecord
+from fedspine.workbench import Workbench, configure_threads, workbench
 
 TIMED_STEPS = 4
 OVERHEAD = 1.25

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedspine.client_round import train, workbench
+from fedspine.client_round import train
 from fedspine.config import RunConfig
 from fedspine.controller.rank_budget import allotted, awakened, for_rank, grow, mean_salience
 from fedspine.errors import ConfigError
@@ -21,6 +21,7 @@ from fedspine.schedule_only import schedule
 from fedspine.simulation import simulate
 from fedspine.structure import Structure
 from fedspine.types import Action, TrainRequest
+from fedspine.workbench import workbench
 from tests.small_run import KEYS, write_data, write_model
 from tests.tiny import random_arrays, tiny_resident, tokens
 

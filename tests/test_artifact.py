@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedspine.artifact import FILE, WEIGHTS, load_model, save_adapter, save_model
-from fedspine.client_round import configure_threads
 from fedspine.errors import ModelError
 from fedspine.lora.adapters import narrow
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.families import FAMILIES, decoders
 from fedspine.structure import ModelShape, Structure
+from fedspine.workbench import configure_threads
 from tests.small_run import write_model
 from tests.tiny import (
     TARGETS,

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from fedspine import federation
 from fedspine.aggregation import RULES, Update
 from fedspine.checkpoint import FILE, load_state
-from fedspine.client_round import begin, train, workbench
+from fedspine.client_round import begin, train
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError
 from fedspine.exporting import export
@@ -29,6 +29,7 @@ from fedspine.simulation import run_server, simulate
 from fedspine.structure import Structure
 from fedspine.training import evaluate
 from fedspine.types import TRAINED, Action, Arrays, RoundRecord, TrainReply, TrainRequest
+from fedspine.workbench import workbench
 from tests.small_run import KEYS, rounds, write_data, write_model
 from tests.tiny import even_structure
 

@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional
 
 from fedspine.checkpoint import FILE, load_state
-from fedspine.client_round import Workbench, workbench
 from fedspine.config import RunConfig
 from fedspine.data.prepared import find, prepare, shared
 from fedspine.distillation import TEMPERATURE, distilled, divergence
@@ -22,6 +21,7 @@ from fedspine.lora.adapters import kept_features, narrow
 from fedspine.simulation import simulate
 from fedspine.structure import Structure
 from fedspine.training import predictions
+from fedspine.workbench import Workbench, workbench
 from tests.federation.test_resume import assert_same_end
 from tests.small_run import KEYS, write_data, write_model
 from tests.tiny import even_structure, random_arrays

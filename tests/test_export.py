@@ -21,13 +21,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import fedspine
 from fedspine.checkpoint import load_state, save_state
 from fedspine.cli import main
-from fedspine.client_round import Workbench, workbench
 from fedspine.config import load_config
 from fedspine.data.encode import evaluation_batches
 from fedspine.lora.adapters import narrow
 from fedspine.report.card import command
 from fedspine.structure import Structure
 from fedspine.training import evaluate
+from fedspine.workbench import Workbench, workbench
 from tests.small_run import KEYS, WORDS, write_data, write_model
 from tests.test_language_model import RUN, write_instructions
 from tests.tiny import uneven_structure

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedspine.client_round import train, workbench
+from fedspine.client_round import train
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError
 from fedspine.group_round import train_group
@@ -18,6 +18,7 @@ from fedspine.pruning.select import select
 from fedspine.simulation import simulate
 from fedspine.structure import Structure
 from fedspine.types import OUT_OF_MEMORY, TRAINED, Action, TrainReply, TrainRequest
+from fedspine.workbench import workbench
 from tests.small_run import KEYS, rounds, write_data, write_model
 from tests.tiny import random_arrays, random_scores, uneven_structure
 

@@ -24,9 +24,9 @@ from fedspine.cost import workload_of
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import load_population
 from fedspine.errors import FederationError
+from fedspine.minilm_shape import minilm_shape
 from fedspine.pruning.select import select
 from fedspine.report.records import record_to_line
-from fedspine.schedule_only import minilm_shape
 from fedspine.structure import Structure
 from fedspine.surface import DEFAULT, Surface
 from fedspine.types import OUT_OF_MEMORY, TRAINED, Action, Candidate, Pull, Report, RoundRecord

@@ -14,8 +14,8 @@ from fedspine.controller.cohort import SLACK, Fleet, choose_devices, like_speed
 from fedspine.controller.history import History
 from fedspine.controller.schedule import sample_devices
 from fedspine.cost import workload_of
+from fedspine.minilm_shape import minilm_shape
 from fedspine.randomness import Purpose, generator
-from fedspine.schedule_only import minilm_shape
 from fedspine.types import OUT_OF_MEMORY, TRAINED, Action, Probe, Pull, Report
 
 CONFIG = RunConfig(sampling="speed")

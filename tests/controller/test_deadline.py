@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 import fedspine
-from fedspine.client_round import train, workbench
+from fedspine.client_round import train
 from fedspine.config import RunConfig
 from fedspine.controller.deadline import fitting_iterations
 from fedspine.controller.policy import make_policy
 from fedspine.cost import workload_of
 from fedspine.lora.adapters import narrow
-from fedspine.schedule_only import minilm_shape
+from fedspine.minilm_shape import minilm_shape
 from fedspine.structure import Structure
 from fedspine.types import Action, Candidate, Probe, TrainRequest
+from fedspine.workbench import workbench
 from tests.small_run import KEYS, write_data, write_model
 from tests.tiny import random_arrays, random_scores
 

@@ -64,13 +64,13 @@ def test_data_of_other_settings_is_not_found(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_workbench_takes_prepared_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker maps is what it would have made; it makes nothing then."""
-    from fedspine.client_round import workbench
+    from fedspine.workbench import workbench
 
     config = RunConfig.from_values({"devices": 4, "sampled": 2})
     settings = config.to_json()
     data = prepare(config)
     with shared(data, settings):
-        monkeypatch.setattr("fedspine.client_round.prepare", pytest.fail)
+        monkeypatch.setattr("fedspine.workbench.prepare", pytest.fail)
         workbench.cache_clear()
         assert_same(workbench(settings).data, data)
     workbench.cache_clear()

@@ -19,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from fedspine.checkpoint import FILE, load_state, save_state
 from fedspine.cli import main
-from fedspine.client_round import workbench
 from fedspine.config import load_config
 from fedspine.errors import CheckpointError
 from fedspine.report.observer import Silent
 from fedspine.simulation import simulate
 from fedspine.types import RoundRecord
+from fedspine.workbench import workbench
 from tests.small_run import KEYS, figures, options, rounds, write_data, write_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedspine.checkpoint import FILE, load_state
-from fedspine.client_round import workbench
 from fedspine.config import METHODS, RunConfig, load_config
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.errors import CheckpointError, ConfigError, FederationError
@@ -22,6 +21,7 @@ from fedspine.report.observer import RunPlan
 from fedspine.simulation import RunResult, fastest_engine, simulate
 from fedspine.structure import Structure
 from fedspine.types import OUT_OF_MEMORY, TRAINED, RoundRecord
+from fedspine.workbench import workbench
 from tests.small_run import KEYS, figures, rounds, write_data, write_model
 
 SUMMARY = {

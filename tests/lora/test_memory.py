@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from fedspine.checkpoint import load_state
-from fedspine.client_round import evaluate_device, train, workbench
+from fedspine.client_round import evaluate_device, train
 from fedspine.config import RunConfig, load_config
 from fedspine.errors import ModelError
 from fedspine.group_round import train_group
@@ -26,6 +26,7 @@ from fedspine.simulation import simulate
 from fedspine.structure import Structure
 from fedspine.training import LocalOptimizer
 from fedspine.types import Action, EvaluateRequest, TrainReply, TrainRequest
+from fedspine.workbench import workbench
 from tests.small_run import KEYS, rounds, write_data, write_model
 from tests.tiny import TARGETS, random_arrays, random_scores, tiny_config, tiny_model, tokens, uneven_structure
 
