@@ -171,15 +171,16 @@ class RunConfig:
         "fedmp",
     )
     probe: str = _key(
-        "first",
-        "time an iteration and a small transfer before a configuration is fixed: in a device's first round, or in all",
+        "always",
+        "time a part of an iteration and a small transfer before a configuration is fixed: in a device's first round, "
+        "or in all",
         "never",
         "first",
         "always",
     )
     roll_call: bool = _key(False, "time them on all devices before the first round, for sampling=speed and policies")
     timed_examples: int = _key(
-        0, "rows of the local iteration that a probe times: fewer cost a device less; 0: a whole batch", min=0, max=4096
+        2, "rows of the local iteration that a probe times: fewer cost a device less; 0: a whole batch", min=0, max=4096
     )
 
     # after the last round

@@ -24,7 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rolora": {**_UNPRUNED, "trained_factors": "alternate"},
     "flexlora": {**_UNPRUNED, "aggregation": "product"},
     "lora-fair": {**_UNPRUNED, "aggregation": "fair"},
-    "hetlora": {**_UNPRUNED, "aggregation": "het", "policy": "tertile", "rank_decay": 0.99},
+    "hetlora": {**_UNPRUNED, "aggregation": "het", "policy": "tertile", "rank_decay": 0.99, "probe": "first"},
     "flora": {**_UNPRUNED, "fold": "all"},
     "fedex-lora": {**_UNPRUNED, "fold": "residual"},
     "fedsa-lora": {**_UNPRUNED, "trained_factors": "local-b"},

@@ -15,6 +15,7 @@ from tests.small_run import KEYS, write_data, write_model
 LEVERS: dict[str, Any] = {
     "sampling": "speed",
     "roll_call": True,
+    "probe": "first",
     "local_work": "deadline",
     "logit_adjustment": 1.0,
     "prune_interval": 1,
