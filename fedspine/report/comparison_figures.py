@@ -21,10 +21,10 @@ STYLES = ("-", "--", ":", "-.")
 def draw_comparison(runs: Sequence[Run], directory: Path) -> None:
     """`curves.png` and `costs.png`, one colour and line style per method."""
     groups = by_method(runs)
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     _curves(figure.subplots(), groups)
     _save(figure, directory / "curves.png")
-    figure = _figure(11, 1.2 + 0.42 * len(groups))
+    figure = new_figure(11, 1.2 + 0.42 * len(groups))
     axes = figure.subplots(1, 4, sharey=True)
     target = common_target(runs)
     _bars(axes[0], groups, [[100 * run["summary"]["device_accuracy_mean"] for run in g] for g in groups.values()])
@@ -78,7 +78,8 @@ def _bars(axis: Axes, groups: Mapping[str, Sequence[Run]], values: Sequence[Sequ
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """In inches, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

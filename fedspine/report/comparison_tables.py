@@ -22,6 +22,11 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    def markdown(self) -> list[str]:
+        """Lines, with a heading."""
+        rows = ["| " + " | ".join(row) + " |" for row in (self.header, *self.rows)]
+        return [f"## {self.title}", "", rows[0], "|" + "---|" * len(self.header), *rows[1:]]
+
 
 def tables(runs: Sequence[Run]) -> tuple[Table, Table]:
     """Accuracy, and cost. The reference is the first method; seeds that a method lacks leave its differences."""
@@ -37,8 +42,7 @@ def as_markdown(runs: Sequence[Run]) -> str:
         "those of the devices.",
     ]
     for table in tables(runs):
-        lines += ["", f"## {table.title}", "", *("| " + " | ".join(row) + " |" for row in (table.header,))]
-        lines += ["|" + "---|" * len(table.header), *("| " + " | ".join(row) + " |" for row in table.rows)]
+        lines += ["", *table.markdown()]
     return "\n".join(lines) + "\n"
 
 
