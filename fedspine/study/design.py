@@ -7,6 +7,7 @@
     design = "full"               # all combinations; "around": one factor at a time around the anchor
     interactions = [["learner", "examples"]]    # of design = "around": pairs whose combinations run too
     evaluations = 1               # points of a learning curve
+    target = 0.0                  # value whose cost is reported; 0: none
     metric = "accuracy"           # or "mae", for classes that are numbers
     encoder = "all-MiniLM-L6-v2"  # of dense retrieval
 
@@ -111,6 +112,7 @@ class Study:
     design: str = "full"
     interactions: tuple[tuple[str, str], ...] = ()
     evaluations: int = 1
+    target: float = 0.0
     metric: str = "accuracy"
     encoder: str = RunConfig.model
     fixed: Point = field(default_factory=dict)
@@ -123,6 +125,8 @@ class Study:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{key} = {value!r}: must be a whole number of at least 1")
+        if not isinstance(self.target, (int, float)) or isinstance(self.target, bool):
+            raise ConfigError(f"target = {self.target!r}: must be a number, such as 0.8; 0: none")
         _one_of("design", self.design, ("full", "around"))
         _one_of("metric", self.metric, ("accuracy", "mae"))
         for pair in self.interactions:

@@ -15,6 +15,7 @@ from fedspine import __version__
 from fedspine.errors import CheckpointError
 from fedspine.report.comparison_tables import Table
 from fedspine.report.records import write_atomically
+from fedspine.study.cell_figures import CellFigures, figures
 from fedspine.study.design import Level, Study, load_study
 from fedspine.study.estimate import CellPlan
 from fedspine.study.evidence import Contrast, Evidence
@@ -45,6 +46,7 @@ class Report:
     by_learner: dict[str, list[tuple[Level, Level, Contrast]]]
     """By other factor: the mean at (level, learner)."""
     verdicts: tuple[Verdict, ...]
+    cells: tuple[CellFigures, ...]
 
 
 def report_study(path: str | Path, out: str | Path | None = None) -> Path:
@@ -91,6 +93,7 @@ def make_report(study: Study, plans: Sequence[CellPlan], found: Sequence[dict[st
         differences=differences,
         by_learner=by_learner,
         verdicts=tuple(verdicts(evidence)),
+        cells=tuple(figures(study, evidence)),
     )
 
 
@@ -129,6 +132,7 @@ def as_json(report: Report) -> dict[str, Any]:
             for each in report.verdicts
         ],
         "not_tested": NOT_TESTED,
+        "cells": [asdict(each) for each in report.cells],
     }
 
 
@@ -189,10 +193,32 @@ def _tables(report: Report) -> list[Table]:
     differences = [each for rows in report.differences.values() for each in rows]
     rows = tuple((each.text, *_interval(each.interval, "+.3f"), str(len(each.cells))) for each in differences)
     found.append(Table("Differences, all else equal", ("levels", "mean", "95 % interval", "cells"), rows))
+    found.append(_cell_table(report))
     if report.infeasible:
         reasons = tuple((_levels(plan), plan.estimate.infeasible) for plan in report.infeasible)
         found.append(Table("Infeasible, not run", ("cell", "why"), reasons))
     return found
+
+
+def _cell_table(report: Report) -> Table:
+    factors = [factor for factor in report.study.vary if any(cell.levels[factor] is not None for cell in report.cells)]
+    target = report.study.target
+    rows = tuple(
+        (
+            *("-" if cell.levels[factor] is None else str(cell.levels[factor]) for factor in factors),
+            *(f"{cell.value:.3f}", f"{cell.seconds:.1f}", f"{cell.traffic_bytes / 1e6:.1f}"),
+            f"{cell.memory_bytes / 1e6:.0f}",
+            *("-" if value is None else f"{value:.3f}" for value in cell.within.values()),
+            "-" if cell.slower is None else f"{100 * cell.slower:+.0f} %",
+            *([f"{cell.seconds_to_target:.1f} ({cell.reached} reached it)"] if target else []),
+            cell.name,
+        )
+        for cell in report.cells
+    )
+    limits = [f"within {limit}" for limit in report.cells[0].within]
+    goal = [f"s to {target:g}"] if target else []
+    header = (*factors, "value", "s", "MB sent", "MB memory", *limits, "half as fast", *goal, "cell")
+    return Table("Cells: value, and a device's cost", header, rows)
 
 
 def _verdict_table(found: Sequence[Verdict]) -> Table:

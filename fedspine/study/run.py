@@ -150,7 +150,7 @@ def _claim(directory: Path, study: Study) -> None:
 
 def _shared(study: Study) -> dict[str, Any]:
     """What must be equal for cells of equal levels to be equal; levels, seeds and the design may grow."""
-    grows = ("name", "seeds", "design", "interactions", "fixed", "vary")
+    grows = ("name", "seeds", "design", "interactions", "target", "fixed", "vary")
     return json.loads(json.dumps({key: value for key, value in asdict(study).items() if key not in grows}))  # type: ignore[no-any-return]
 
 

@@ -28,6 +28,7 @@ seeds = 2
 users = 3
 test_examples = 10
 evaluations = 2
+target = 0.6
 encoder = "{folder}/model"
 [fixed]
 task = "reviews"
@@ -101,6 +102,7 @@ def test_a_killed_study_goes_on_and_reports_the_same(tmp_path: Path) -> None:
     report = json.loads((killed / "report.json").read_text())
     assert report["finished"] == report["planned"] == 14
     assert {each["verdict"] for each in report["guidelines"]} == {"cannot tell"}  # two seeds
+    assert all(0 <= cell["reached"] <= 2 and cell["seconds_to_target"] >= 0 for cell in report["cells"])
     page = (killed / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page
