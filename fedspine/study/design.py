@@ -243,7 +243,7 @@ def load_study(path: str | Path) -> Study:
         if not isinstance(levels, list):
             raise ConfigError(f"{path}: [vary] {factor} = {levels!r}: must be a list of levels")
     values["vary"] = {factor: tuple(levels) for factor, levels in values["vary"].items()}
-    values["tasks"] = {name: _task_keys(name, keys, Path(path).parent) for name, keys in values["tasks"].items()}
+    values["tasks"] = {name: task_keys(name, keys, Path(path).parent) for name, keys in values["tasks"].items()}
     values["interactions"] = tuple(tuple(pair) for pair in values.get("interactions", ()))
     try:
         return Study(name=Path(path).stem, **values)
@@ -251,7 +251,7 @@ def load_study(path: str | Path) -> Study:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _task_keys(name: str, keys: Any, folder: Path) -> dict[str, Any]:
+def task_keys(name: str, keys: Any, folder: Path) -> dict[str, Any]:
     """The keys of a task; `data` may be a path from the study file's folder."""
     if not isinstance(keys, dict) or not isinstance(keys.get("data"), str):
         raise ConfigError(f"[tasks.{name}]: must be a table with data = FILE, FOLDER or hub name")

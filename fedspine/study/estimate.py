@@ -130,6 +130,11 @@ def device_meter(name: str) -> VirtualMeter:
     return VirtualMeter(device_state(load_device(name), 0, 0, 1))
 
 
+def model_parameters(model: str, classes: int) -> int:
+    """Parameters of a model with a head of so many classes. Errors: `ModelError`."""
+    return _shape_of(model, RunConfig.lora_targets, 4, classes).total_parameters
+
+
 def _with_rounds(config: RunConfig, steps: int, evaluations: int) -> tuple[RunConfig, int]:
     """Rounds of `local_iterations` steps, at most, evaluated so many times; none for no steps."""
     if not steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedspine.study.design import Cell, Level, Point, Study, budget, canonical
 from fedspine.study.run import Result
@@ -19,6 +19,8 @@ class Contrast:
     interval: Interval
     cells: tuple[str, ...]
     """Names of cells, without their seeds."""
+    levels: tuple[Level, Level] | None = None
+    """Of a plain difference: what is compared with what."""
 
 
 class Evidence:
@@ -51,7 +53,8 @@ class Evidence:
         """`high` minus `low` over all points that differ in nothing else; None without any such pair."""
         text = f"{factor}: {high} - {low}" + "".join(f", {name} = {level}" for name, level in where.items())
         pairs = self._pairs(factor, high, low, where)
-        return self._contrast(text, [term for below, above in pairs for term in ((-1.0, below), (1.0, above))])
+        found = self._contrast(text, [term for below, above in pairs for term in ((-1.0, below), (1.0, above))])
+        return replace(found, levels=(high, low)) if found else None
 
     def interaction(self, factor: str, high: Level, low: Level, other: str, at: Level, than: Level) -> Contrast | None:
         """How much larger the difference is where `other` is `at` than where it is `than`."""
