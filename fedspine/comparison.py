@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import threading
-import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedspine import __version__
 from fedspine.config import RunConfig, load_config
-from fedspine.errors import CheckpointError, ConfigError, FederationError
+from fedspine.errors import CheckpointError, ConfigError
 from fedspine.inference import measure_inference
 from fedspine.methods import METHODS
+from fedspine.processes import Job, run_jobs
 from fedspine.report.records import write_atomically
 from fedspine.retime import retime_run
 
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
 
 FILE = "comparison.json"
 METHODS_BY_DEFAULT = ("fedavg", "fedspine", "fedspine-paper")
-_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -240,69 +236,38 @@ def _run_all(
     cells: Sequence[Cell], directory: Path, parallel: int, on_progress: Callable[[Cell, Progress], None]
 ) -> None:
     """Stops at the first failure, after the runs that are under way. Errors: `FederationError` with its message."""
-    stop = threading.Event()
-    running: set[subprocess.Popen[str]] = set()
-
-    def one(cell: Cell) -> str | None:
-        if stop.is_set():
-            return None
-        failure = _run(cell, directory / cell.name, on_progress, running, stop)
-        if failure:
-            stop.set()
-        return failure
-
     todo = []
     for cell in cells:
         accuracy = _final_accuracy(directory / cell.name)
         on_progress(
             cell, Progress("waiting") if accuracy is None else Progress("finished", cell.config.rounds, accuracy)
         )
-        todo += [cell] if accuracy is None else []
-    with ThreadPoolExecutor(parallel) as pool:
-        try:
-            failures = [failure for failure in pool.map(one, todo) if failure]
-        except BaseException:  # interrupted: the runs end too, and continue the next time
-            stop.set()
-            for process in list(running):
-                process.terminate()
-            raise
-    if failures:
-        raise FederationError(failures[0])
+        todo += [_job(cell, directory / cell.name, on_progress)] if accuracy is None else []
+    run_jobs(todo, parallel)
 
 
-def _run(
-    cell: Cell,
-    directory: Path,
-    on_progress: Callable[[Cell, Progress], None],
-    running: set[subprocess.Popen[str]],
-    stop: threading.Event,
-) -> str | None:
-    """One run in a process; what went wrong, if something did."""
-    command = [sys.executable, "-m", "fedspine", "simulate", "--engine", "auto", "--workers", "1", "--json"]
-    if (directory / "config.toml").exists():
-        command += ["--resume", str(directory)]
-    else:
+def _job(cell: Cell, directory: Path, on_progress: Callable[[Cell, Progress], None]) -> Job:
+    """One run in a process."""
+
+    def command() -> list[str]:
+        start = [sys.executable, "-m", "fedspine", "simulate", "--engine", "auto", "--workers", "1", "--json"]
+        if (directory / "config.toml").exists():
+            return [*start, "--resume", str(directory)]
         directory.parent.mkdir(parents=True, exist_ok=True)
         keys = directory.with_suffix(".toml")
         write_atomically(keys, cell.config.to_toml().encode())
-        command += [str(keys), "--out", str(directory)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        running.add(process)
-        errors: list[str] = []
-        reader = threading.Thread(target=lambda: errors.append(process.stderr.read() if process.stderr else ""))
-        reader.start()
-        while process.poll() is None and not stop.is_set():
-            on_progress(cell, Progress("running", *_last_round(directory)))
-            time.sleep(_POLL_SECONDS)
-        process.wait()
-        reader.join()
-        running.discard(process)
-    if process.returncode:
-        on_progress(cell, Progress("failed"))
-        return f"run {cell.name}: {errors[0].strip().removeprefix('fedspine: error: ')[-2000:]}"
-    directory.with_suffix(".toml").unlink(missing_ok=True)
-    on_progress(cell, Progress("finished", cell.config.rounds, _final_accuracy(directory)))
-    return None
+        return [*start, str(keys), "--out", str(directory)]
+
+    def done(well: bool) -> None:
+        if well:
+            directory.with_suffix(".toml").unlink(missing_ok=True)
+            on_progress(cell, Progress("finished", cell.config.rounds, _final_accuracy(directory)))
+        else:
+            on_progress(cell, Progress("failed"))
+
+    return Job(
+        f"run {cell.name}", command, lambda: on_progress(cell, Progress("running", *_last_round(directory))), done
+    )
 
 
 def _last_round(directory: Path) -> tuple[int, float | None]:

@@ -47,6 +47,10 @@ class Workload:
     """Of the adapters' values, that a device is sent."""
     head_shared: bool = True
     """Whether the task head travels."""
+    frozen_bytes: float = FLOAT_BYTES
+    """Of a frozen weight."""
+    activation_bytes: float = FLOAT_BYTES
+    """Of a value that is kept for the backward pass."""
 
     def iteration_flops(self, counts: tuple[tuple[float, float], ...], rank: int | tuple[int, ...]) -> float:
         """Training FLOPs of one local iteration.
@@ -54,6 +58,18 @@ class Workload:
         `counts`: kept (heads, channels) per layer; fractions are allowed for planning. `rank`: of all projections, or
         of each.
         """
+        base, adapters, head = self._forward_flops(counts, rank)
+        again = int(self.gradient_checkpointing)
+        return (2 + again) * base + 2 * head + (2 + self.trained_share + again) * adapters
+
+    def inference_flops(self, counts: tuple[tuple[float, float], ...], rank: int = 0) -> float:
+        """FLOPs of a forward pass over one batch; rank 0: without adapters."""
+        return sum(self._forward_flops(counts, rank))
+
+    def _forward_flops(
+        self, counts: tuple[tuple[float, float], ...], rank: int | tuple[int, ...]
+    ) -> tuple[float, float, float]:
+        """Of a batch: (frozen layers, adapters, language model's head)."""
         tokens = self.batch_size * self.length
         shape = self.shape
         base = 0.0
@@ -67,9 +83,7 @@ class Workload:
             kept = (heads if module.unit == "heads" else channels) * module.unit_size
             other = module.d_in if module.axis == "rows" else module.d_out
             adapters += 2 * tokens * components * (kept + other)
-        again = int(self.gradient_checkpointing)
-        head = 2 * tokens * shape.hidden * shape.vocabulary
-        return (2 + again) * base + 2 * head + (2 + self.trained_share + again) * adapters
+        return base, adapters, 2 * tokens * shape.hidden * shape.vocabulary
 
     def weight_gradient_flops(self, counts: tuple[tuple[float, float], ...]) -> float:
         """FLOPs that the gradients of the frozen weights add to an iteration: only Taylor scores need them."""
@@ -145,20 +159,34 @@ class Workload:
 
     def planned_memory_bytes(self, ratio: float, rank: int) -> float:
         """The same for a pruning ratio that is spread evenly over layers, heads and channels."""
+        return self._memory(self.planned_counts(ratio), ratio, rank)
+
+    def inference_bytes(self, ratio: float, rank: int = 0) -> float:
+        """Memory of answering a batch: weights, adapters, and what one layer holds at a time."""
+        counts = self.planned_counts(ratio)
+        values = self.shape.hidden + self._values_in_layer(*counts[0]) + self.shape.vocabulary
+        activations = self.activation_bytes * self.batch_size * self.length * values
+        return self._weight_bytes(ratio) + self.adapter_bytes(ratio, rank) + activations
+
+    def planned_counts(self, ratio: float) -> tuple[tuple[float, float], ...]:
+        """(heads, channels) per layer at an evenly spread ratio."""
         shape, keep = self.shape, 1.0 - ratio
-        return self._memory(((keep * shape.heads, keep * shape.channels),) * shape.layers, ratio, rank)
+        return ((keep * shape.heads, keep * shape.channels),) * shape.layers
+
+    def _weight_bytes(self, sparsity: float) -> float:
+        shape = self.shape
+        return self.frozen_bytes * (shape.total_parameters - sparsity * shape.prunable_parameters)
 
     def _memory(self, counts: tuple[tuple[float, float], ...], sparsity: float, rank: float) -> float:
         """With these (heads, channels) left per layer, which is `sparsity` of the prunable parameters cut."""
         shape = self.shape
         tokens = self.batch_size * self.length
-        weights = FLOAT_BYTES * (shape.total_parameters - sparsity * shape.prunable_parameters)
         adapters = self.adapter_bytes(sparsity, rank) + 3 * self.adapter_bytes(sparsity, rank, self.trained_share)
         inside = [self._values_in_layer(heads, channels) for heads, channels in counts]
         values = shape.layers * shape.hidden + max(inside) if self.gradient_checkpointing else sum(inside)
         values += 2 * shape.vocabulary  # logits and their gradient
-        activations = FLOAT_BYTES * tokens * values
-        return weights + adapters + activations
+        activations = self.activation_bytes * tokens * values
+        return self._weight_bytes(sparsity) + adapters + activations
 
     def _values_in_layer(self, heads: float, channels: float) -> float:
         """Values per token that a layer keeps for its backward pass."""

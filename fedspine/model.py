@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from fedspine.config import RunConfig
 from fedspine.errors import ModelError
-from fedspine.pruning.families import decoders, family_of
+from fedspine.pruning.families import decoders, describe, family_of
+from fedspine.structure import ModelShape
 
 EMBEDDED = "all-MiniLM-L6-v2"
 EMBEDDED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -71,6 +72,43 @@ def load_base(config: RunConfig, classes: int, pad_id: int | None = None) -> tup
     if config.torch_device == "cuda" and not torch.cuda.is_available():
         raise ModelError("torch_device = 'cuda': torch finds no CUDA device here; use torch_device = 'cpu'")
     source, language = model_source(config.model), config.task == "causal-lm"
+    settings = _settings(config, classes, pad_id)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model, loaded = _automatic(config).from_pretrained(
+                source,
+                config=settings,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _not_loadable(config.model, error) from None
+    names = (str(key[0]) for key in loaded["mismatched_keys"])
+    misfits = sorted(name for name in names if language or name.startswith(f"{model.base_model_prefix}."))
+    if misfits:  # only a classifier's head may be of another size
+        raise _not_loadable(config.model, OSError(f"the size of {misfits[0]} is not what its config.json says."))
+    if language and (absent := sorted(map(str, loaded["missing_keys"]))):
+        raise _not_loadable(config.model, OSError(f"it holds no {absent[0]}, which task = 'causal-lm' needs."))
+    return model.eval(), settings.model_type
+
+
+def model_shape(config: RunConfig, classes: int) -> ModelShape:
+    """The counts of the configured model; no weights are read.
+
+    Errors: `ModelError` when it cannot be found, or is of an unknown family.
+    """
+    settings = _settings(config, classes, None)
+    with torch.device("meta"):
+        model = _automatic(config).from_config(settings)
+    return describe(model, settings.model_type, config.lora_targets)
+
+
+def _settings(config: RunConfig, classes: int, pad_id: int | None) -> Any:
+    """The model's own configuration, checked, without dropout."""
+    source, language = model_source(config.model), config.task == "causal-lm"
     quiet()
     try:
         settings: Any = AutoConfig.from_pretrained(source, **({} if language else {"num_labels": classes}))
@@ -93,26 +131,11 @@ def load_base(config: RunConfig, classes: int, pad_id: int | None = None) -> tup
     limit = getattr(settings, "max_position_embeddings", config.max_length)
     if config.max_length > limit:
         raise ModelError(f"max_length = {config.max_length}: {config.model} takes at most {limit} tokens")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model, loaded = (AutoModelForCausalLM if language else AutoModelForSequenceClassification).from_pretrained(
-                source,
-                config=settings,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise _not_loadable(config.model, error) from None
-    names = (str(key[0]) for key in loaded["mismatched_keys"])
-    misfits = sorted(name for name in names if language or name.startswith(f"{model.base_model_prefix}."))
-    if misfits:  # only a classifier's head may be of another size
-        raise _not_loadable(config.model, OSError(f"the size of {misfits[0]} is not what its config.json says."))
-    if language and (absent := sorted(map(str, loaded["missing_keys"]))):
-        raise _not_loadable(config.model, OSError(f"it holds no {absent[0]}, which task = 'causal-lm' needs."))
-    return model.eval(), settings.model_type
+    return settings
+
+
+def _automatic(config: RunConfig) -> Any:
+    return AutoModelForCausalLM if config.task == "causal-lm" else AutoModelForSequenceClassification
 
 
 def _not_loadable(name: str, error: Exception) -> ModelError:

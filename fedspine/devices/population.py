@@ -77,13 +77,45 @@ POPULATIONS: dict[str, Population] = {
 """Built-in catalogues: the default; one on a wired network with 3 % of the peak reached; one with a slow network."""
 
 
+def _alone(name: str, gflops: float, memory_mb: float) -> Population:
+    """One type in steady conditions, on Wi-Fi or a good mobile link."""
+    kind = DeviceType(name, 1, gflops, (1.0,), memory_mb, 4.0)
+    return Population((kind,), (20.0,), (10.0,), bandwidth_sigma=0.0, jitter=0.0)
+
+
+USABLE = 0.6
+"""Of a device's memory, by a training process (guess)."""
+DEVICES: dict[str, Population] = {
+    **{f"ram-{gb}g": _alone(f"device of {gb} GB", 30.0, 1000 * gb * USABLE) for gb in (4, 6, 8, 10, 12, 16)},
+    "nova9pro": _alone("Hi nova 9 Pro", 3.2, 8050 * USABLE),
+    "jetson-nano-4g": _alone("Jetson Nano", 45.0, 4000 * USABLE),
+}
+"""Single types. The tiers of memory have a guessed speed. The speed of the other two is counted back from the step
+times that EdgeFlowerTune (arXiv 2605.08636) publishes for Gemma-270M at batch 8 and 64 tokens: 172 s and 12.5 s."""
+
+
 def load_population(name: str, devices: int) -> Population:
     """A built-in catalogue or a TOML file, its counts scaled to the number of devices (largest remainder).
 
     Errors: `PopulationError` names the field, the value and the bound.
     """
-    population = POPULATIONS.get(name) or _read(name)
+    population = POPULATIONS.get(name) or DEVICES.get(name) or _read(name)
     return replace(population, types=_scaled(population.types, devices))
+
+
+def load_device(name: str) -> Population:
+    """A catalogue that holds one type.
+
+    Errors: `PopulationError` when it holds several, or cannot be read.
+    """
+    population = load_population(name, 1)
+    if len(population.types) > 1:
+        names = ", ".join(kind.name for kind in population.types)
+        raise PopulationError(
+            f"device = '{name}': it holds {len(population.types)} types ({names}), and one is needed: "
+            f"{', '.join(DEVICES)}, or a TOML file with one [[types]] table"
+        )
+    return population
 
 
 def _scaled(types: tuple[DeviceType, ...], devices: int) -> tuple[DeviceType, ...]:
@@ -100,7 +132,8 @@ def _read(name: str) -> Population:
     path = Path(os.path.expanduser(name))
     if not path.is_file():
         raise PopulationError(
-            f"population = '{name}': neither a file nor one of the built-in catalogues {', '.join(POPULATIONS)}"
+            f"population = '{name}': neither a file nor one of the built-in catalogues {', '.join(POPULATIONS)} "
+            f"and devices {', '.join(DEVICES)}"
         )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))

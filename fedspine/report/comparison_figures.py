@@ -83,6 +83,7 @@ def draw_bars(axis: Axes, groups: Mapping[str, Sequence[Run]], values: Sequence[
 
 
 def new_figure(width: float, height: float) -> Figure:
+    """In inches, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

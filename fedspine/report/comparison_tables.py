@@ -34,6 +34,10 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    def markdown(self) -> list[str]:
+        """Lines, with a heading."""
+        return [f"## {self.title}", "", *markdown_rows(self)]
+
 
 def tables(runs: Sequence[Run], view: View | None = None) -> tuple[Table, ...]:
     """Accuracy, cost, relative cost. The reference is the first method; seeds it lacks leave the differences."""
@@ -50,7 +54,7 @@ def as_markdown(runs: Sequence[Run], view: View | None = None) -> str:
         "those of the devices.",
     ]
     for table in tables(runs, view):
-        lines += ["", f"## {table.title}", "", *markdown_rows(table)]
+        lines += ["", *table.markdown()]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,106 @@
+"""`fedspine recommend`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from fedspine.commands.arguments import Subparsers
+from fedspine.config import RunConfig
+from fedspine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedspine.study.recommend import Recommendation
+
+EXAMPLES = """examples:
+  fedspine recommend --device ram-4g --task TASK.toml --examples 120 --hours 1
+  fedspine recommend --device BOARD.toml --task TASK.toml --examples 20 --hours 0.5 --probe 10m
+  fedspine recommend --device ram-4g --task TASK.toml --examples 64 --hours 1 --evidence runs/study-phone/report.json
+
+TASK.toml: keys of a study's [tasks.NAME], and max_length where texts are long, such as
+  data = "reviews.jsonl"
+  partition = "column:user"
+"""
+SHOWN = 5
+
+
+def add(commands: Subparsers) -> None:
+    recommend = commands.add_parser(
+        "recommend",
+        help="what should run on a device: ranked configurations with reasons",
+        description="Rank configurations for a device and a task: what fits, then labelled rules, then evidence of "
+        "earlier studies, then a probe; ties go to the cheapest.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES,
+    )
+    recommend.add_argument("--device", required=True, metavar="PROFILE", help="a built-in type or a TOML file with one")
+    recommend.add_argument("--task", required=True, metavar="FILE", help="TOML file, or a persona task")
+    recommend.add_argument("--examples", required=True, type=int, metavar="N", help="that a user has")
+    recommend.add_argument("--hours", required=True, type=float, metavar="H", help="of the device, for training")
+    recommend.add_argument(
+        "--model", nargs="+", default=[RunConfig.model], metavar="MODEL", help="models to choose from"
+    )
+    recommend.add_argument("--encoder", default=RunConfig.model, metavar="MODEL", help="of dense retrieval")
+    recommend.add_argument("--evidence", nargs="+", default=[], metavar="REPORT.json", help="of earlier studies")
+    recommend.add_argument("--probe", default="0m", metavar="10m", help="try the best, in minutes of the device")
+    recommend.add_argument("--json", action="store_true", help="print everything, as JSON, on stdout")
+    recommend.set_defaults(execute=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from fedspine.study.recommend import recommend
+
+    try:
+        minutes = float(options.probe.removesuffix("m"))
+    except ValueError:
+        raise ConfigError(f"--probe {options.probe}: write it in minutes, such as 10m") from None
+    found = recommend(
+        options.device,
+        options.task,
+        options.examples,
+        options.hours,
+        probe_minutes=minutes,
+        evidence=options.evidence,
+        models=options.model,
+        encoder=options.encoder,
+    )
+    if options.json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print("\n".join(_lines(found)))
+    return 0
+
+
+def _lines(found: Recommendation) -> list[str]:
+    from fedspine.study.estimate import MARGIN
+    from fedspine.study.recommend import describe
+
+    hard = found.difficulty
+    lines = [
+        f"task: {hard.band} ({hard.score:.2f}): {hard.classes} classes, most common {hard.majority:.2f}, "
+        f"retrieval answers {max(0.0, hard.retrieval_gain):.2f} of the rest"
+    ]
+    if not found.options:
+        lines += ["", "nothing fits:"]
+        lines += [f"  {describe(_given(plan.cell.levels))}: {plan.estimate.infeasible}" for plan in found.infeasible]
+    for place, option in enumerate(found.options[:SHOWN], start=1):
+        need = option.plan.estimate
+        tried = "" if option.probed is None else f", {option.probed:.3f} in the probe"
+        lines += [
+            "",
+            f"{place}. {describe(option.levels)} (votes {' + '.join(f'{part:g}' for part in option.strength)}{tried})",
+        ]
+        lines.append(
+            f"   {MARGIN * need.memory_bytes / 1e6:.0f} MB at most, {need.seconds:.1f} s, "
+            f"{(need.upload_bytes + need.download_bytes) / 1e6:.1f} MB sent"
+        )
+        lines += [f"   - {reason}" for reason in option.reasons]
+    if found.options:
+        lines += ["", "as a study's [fixed]:"]
+        lines += [f"  {key} = {json.dumps(value)}" for key, value in found.options[0].levels.items()]
+    return [*lines, "", *(f"* {note}" for note in found.notes)]
+
+
+def _given(levels: object) -> dict[str, object]:
+    return {factor: level for factor, level in dict(levels).items() if level is not None}  # type: ignore[call-overload]

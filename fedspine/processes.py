@@ -1,0 +1,70 @@
+"""Several commands at a time, one process each: stopped together, at the first failure or when interrupted."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from fedspine.errors import FederationError
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command."""
+
+    name: str
+    """For the message, should it fail."""
+    command: Callable[[], list[str]]
+    """Called when its turn comes."""
+    poll: Callable[[], None]
+    """Called again and again while it runs."""
+    done: Callable[[bool], None]
+    """Called once at its end, with whether it succeeded."""
+
+
+def run_jobs(jobs: Sequence[Job], parallel: int) -> None:
+    """Stops at the first failure, after what is under way. Errors: `FederationError` with its message."""
+    stop = threading.Event()
+    running: set[subprocess.Popen[str]] = set()
+
+    def one(job: Job) -> str | None:
+        failure = None if stop.is_set() else _run(job, running, stop)
+        if failure:
+            stop.set()
+        return failure
+
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            failures = [failure for failure in pool.map(one, jobs) if failure]
+        except BaseException:  # interrupted: the processes end too
+            stop.set()
+            for process in list(running):
+                process.terminate()
+            raise
+    if failures:
+        raise FederationError(failures[0])
+
+
+def _run(job: Job, running: set[subprocess.Popen[str]], stop: threading.Event) -> str | None:
+    """What went wrong, if something did."""
+    with subprocess.Popen(job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        running.add(process)
+        errors: list[str] = []
+        reader = threading.Thread(target=lambda: errors.append(process.stderr.read() if process.stderr else ""))
+        reader.start()
+        while process.poll() is None and not stop.is_set():
+            job.poll()
+            time.sleep(_POLL_SECONDS)
+        process.wait()
+        reader.join()
+        running.discard(process)
+    job.done(not process.returncode)
+    if process.returncode:
+        return f"{job.name}: {errors[0].strip().removeprefix('fedspine: error: ')[-2000:]}"
+    return None

@@ -1,0 +1,168 @@
+"""What a cell needs on the study's device, before it runs: by the cost formulas of every run, and nothing of its own.
+
+A cell is infeasible when the memory formula, with a margin, exceeds what the device has; when the device cannot finish
+one step in the budget; or when a user has too few rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from fedspine.config import RunConfig
+from fedspine.cost import FLOAT_BYTES, Workload, workload_of
+from fedspine.devices.clock import VirtualMeter, device_state
+from fedspine.devices.population import load_device
+from fedspine.methods import METHODS
+from fedspine.structure import ModelShape
+from fedspine.study.design import DEFAULTS, Cell, Study, budget, compression
+from fedspine.study.tasks import PersonalTask
+
+MARGIN = 1.25
+"""Of memory, over the formula."""
+METHOD_OF = {"none": "fedavg", "bf16": "fedavg", "width": "magnitude", "fedspine": "fedspine"}
+"""The method of a federation by compression: what cuts, if something does."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one device, for its whole part in a cell."""
+
+    steps: int
+    """Optimiser steps; in a federation all rounds together."""
+    memory_bytes: float
+    """At its peak, without the margin."""
+    seconds: float
+    upload_bytes: float
+    download_bytes: float
+    infeasible: str = ""
+    """Why the cell cannot run; empty when it can."""
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """A cell with the configuration of its run, and its cost."""
+
+    cell: Cell
+    config: RunConfig
+    federated_steps: int
+    local_steps: int
+    index_seconds: float
+    """Of the device, to make the history searchable."""
+    estimate: Estimate
+
+
+def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
+    """Errors: `ConfigError`, `ModelError`, `PopulationError` for what can be used in no cell."""
+    config = cell_config(study, cell)
+    shape = _shape(config, len(task.classes))
+    workload, meter = workload_for(cell, config, shape), device_meter(study.device)
+    levels = cell.levels
+    learner, (kind, ratio) = str(levels["learner"]), compression(levels["compression"] or "none")
+    trained, retrieves = "lora" in learner, "rag" in learner
+    rank = int(levels["rank"] or 0)
+    reasons = []
+    steps = federated = 0
+    if trained:
+        flops = workload.iteration_flops(workload.planned_counts(ratio), rank)
+        step_seconds = meter.compute_seconds(flops, 1)
+        amount, unit = budget(levels["budget"])
+        steps = int(amount / {"steps": 1, "samples": config.batch_size, "seconds": step_seconds}[unit])
+        if steps < 1:
+            reasons.append(f"one step takes {step_seconds:.3g} s here, more than budget = {levels['budget']}")
+        federated = {"local": 0, "federated": steps}.get(str(levels["scope"]), steps // 2)
+    local = steps - federated
+    config, rounds = _with_rounds(config, federated, study.evaluations)
+    federated = rounds * config.local_iterations
+    seconds, memory = 0.0, workload.inference_bytes(ratio, rank)
+    down = up = 0.0
+    if trained:
+        cut_at_once = kind == "width" and not federated
+        memory = workload.planned_memory_bytes(ratio if cut_at_once else 0.0, rank)
+        seconds += meter.compute_seconds((federated + local) * flops, federated + local)
+        down = workload.download_bytes(0.0, rank) + workload.structure_bytes
+        up = workload.upload_bytes(0.0, rank) + workload.structure_bytes + workload.score_bytes
+        seconds += rounds * (meter.download_seconds(down) + meter.upload_seconds(up))
+    index_seconds = 0.0
+    if retrieves:
+        index_memory, index_seconds = _index(study, cell, config, meter)
+        memory = (max(memory, workload.inference_bytes(ratio, rank)) if trained else 0.0) + index_memory
+        seconds += index_seconds
+    if MARGIN * memory > meter.state.memory_bytes:
+        have = meter.state.memory_bytes / 1e6
+        reasons.append(f"needs {MARGIN * memory / 1e6:.0f} MB (margin included), and {study.device} has {have:.0f} MB")
+    if (trained or retrieves) and not levels["examples"]:
+        reasons.append(f"examples = 0: {'retrieval from an empty history' if retrieves else 'nothing to learn from'}")
+    if kind == "fedspine" and trained and not federated:
+        reasons.append("FedSpine cuts in a federation: use scope = federated, or compression = width:SHARE")
+    if shortage := task.shortage(int(levels["examples"] or 0), study.test_examples):
+        reasons.append(shortage)
+    estimate = Estimate(federated + local, memory, seconds, rounds * up, rounds * down, "; ".join(reasons))
+    return CellPlan(cell, config, federated, local, index_seconds, estimate)
+
+
+def cell_config(study: Study, cell: Cell) -> RunConfig:
+    """The run that a cell is, or would be in a federation."""
+    levels = cell.levels
+    kind, ratio = compression(levels["compression"] or "none")
+    rank = int(levels["rank"] or 1)
+    method = METHOD_OF[kind]
+    values: dict[str, Any] = {key: value for key, value in levels.items() if key not in DEFAULTS}
+    values |= {"method": method, "seed": cell.seed, "data": str(levels["task"]), "partition": "iid", "min_classes": 1}
+    values |= {"devices": study.users, "sampled": study.users, "population": study.device, "eval_devices": 1}
+    values |= {"model": levels["model"] or RunConfig.model, "dtype": "bfloat16" if kind == "bf16" else "float32"}
+    values |= {"min_rank": rank, "max_rank": rank, "fixed_rank": rank}
+    values["target_sparsity"] = ratio if kind in ("width", "fedspine") else 0.0
+    return RunConfig.from_values({**METHODS[method], **values})
+
+
+def workload_for(cell: Cell, config: RunConfig, shape: ModelShape) -> Workload:
+    """The cost formulas of a cell: in bfloat16 a frozen weight and an activation take two bytes on the device too."""
+    workload = workload_of(config, shape)
+    if cell.levels["compression"] == "bf16":
+        return replace(workload, frozen_bytes=FLOAT_BYTES / 2, activation_bytes=FLOAT_BYTES / 2)
+    return workload
+
+
+def device_meter(name: str) -> VirtualMeter:
+    """The clock and the memory of the study's device. Errors: `PopulationError`."""
+    return VirtualMeter(device_state(load_device(name), 0, 0, 1))
+
+
+def model_parameters(model: str, classes: int) -> int:
+    """Parameters of a model with a head of so many classes. Errors: `ModelError`."""
+    return _shape_of(model, RunConfig.lora_targets, 4, classes).total_parameters
+
+
+def _with_rounds(config: RunConfig, steps: int, evaluations: int) -> tuple[RunConfig, int]:
+    """Rounds of `local_iterations` steps, at most, evaluated so many times; none for no steps."""
+    if not steps:
+        return config, 0
+    iterations = min(config.local_iterations, steps)
+    rounds = steps // iterations
+    every = max(1, rounds // evaluations)
+    return replace(config, local_iterations=iterations, rounds=rounds, eval_every=every), rounds
+
+
+def _index(study: Study, cell: Cell, config: RunConfig, meter: VirtualMeter) -> tuple[float, float]:
+    """(bytes, seconds) of making the history searchable and keeping it so, with the encoder that queries need."""
+    items = int(cell.levels["examples"])
+    if cell.levels["retriever"] == "bm25":
+        return 2.0 * FLOAT_BYTES * items * config.max_length, 0.0
+    encoder = workload_of(config, _shape(replace(config, model=study.encoder), 2))
+    batches = -(-items // config.batch_size)
+    flops = batches * encoder.inference_flops(encoder.planned_counts(0.0))
+    vectors = float(FLOAT_BYTES * items * encoder.shape.hidden)
+    return encoder.inference_bytes(0.0) + vectors, meter.compute_seconds(flops, batches)
+
+
+def _shape(config: RunConfig, classes: int) -> ModelShape:
+    return _shape_of(config.model, config.lora_targets, config.max_length, classes)
+
+
+@lru_cache(maxsize=32)
+def _shape_of(model: str, targets: tuple[str, ...], max_length: int, classes: int) -> ModelShape:
+    from fedspine.model import model_shape
+
+    return model_shape(RunConfig(model=model, lora_targets=targets, max_length=max_length), classes)

@@ -1,0 +1,130 @@
+"""The part of a cell that trains: in a federation, on the user's device, or one after the other.
+
+A federated part is `fedspine.simulate` over the users, each one a device; its averaged adapters and what each device
+has kept are where a local part begins, or what is measured. Local steps are those of a device's round.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedspine.checkpoint import load_state
+from fedspine.federation import ServerState
+from fedspine.lora.adapters import narrow
+from fedspine.pruning.importance import MagnitudeScorer
+from fedspine.pruning.select import select
+from fedspine.simulation import simulate
+from fedspine.stopwatch import Stopwatch
+from fedspine.structure import Structure
+from fedspine.study.design import Study, compression
+from fedspine.study.estimate import CellPlan, device_meter, workload_for
+from fedspine.study.retrieve import Floats
+from fedspine.training import LocalOptimizer, predictions, tune
+from fedspine.workbench import Workbench, workbench
+
+Trace = list[dict[str, Any]]
+"""A learning curve: what it has cost a device so far, and the value. `energy_joules` is None: nothing measures it."""
+Answers = list[list[Floats]]
+"""For the last points of a trace: class shares [rows, classes] of every user's held-out rows."""
+
+
+def start_point(plan: CellPlan) -> dict[str, Any]:
+    """Of a trace, before any training: the history is searchable by then, if it is to be searched."""
+    return {
+        "steps": 0,
+        "device_seconds": plan.index_seconds,
+        "upload_bytes": 0.0,
+        "download_bytes": 0.0,
+        "peak_memory_bytes": plan.estimate.memory_bytes,
+        "energy_joules": None,
+        "value": None,
+    }
+
+
+def tuned(study: Study, plan: CellPlan, tests: tuple[NDArray[np.int64], ...], work: Path) -> tuple[Trace, Answers]:
+    """Train as the cell says and let every user's model answer."""
+    workbench.cache_clear()  # another cell may have had this configuration, and other data
+    trace, state = [start_point(plan)], None
+    if plan.federated_steps:
+        trace, state = _federated(study, plan, work)
+    bench = workbench(plan.config.to_json())
+    users = [_of_user(study, plan, bench, state, *who) for who in enumerate(tests)]
+    meter, before = device_meter(study.device), trace[-1]
+    points = [steps for steps, _ in users[0][1]]
+    for steps in points if plan.local_steps else ():
+        seconds = meter.compute_seconds(steps * max(flops for flops, _ in users), steps)
+        later = {"steps": before["steps"] + steps, "device_seconds": before["device_seconds"] + seconds}
+        trace.append({**before, **later, "value": None})
+    return trace, [[shares[point][1] for _, shares in users] for point in range(len(points))]
+
+
+def _federated(study: Study, plan: CellPlan, work: Path) -> tuple[Trace, ServerState]:
+    """(learning curve, what the server has in the end). The curve is of the model without retrieval."""
+    config = plan.config
+    shutil.rmtree(work, ignore_errors=True)
+    records = simulate(config, out=work).records
+    state = load_state(work, config, workbench(config.to_json()).shape)
+    shutil.rmtree(work)
+    trace, point = [], start_point(plan)
+    of_value = plan.cell.levels["learner"] == "lora" and study.metric == "accuracy"
+    for record in records:
+        point = {
+            **point,
+            "steps": record.round * config.local_iterations,
+            "device_seconds": plan.index_seconds + record.clock_seconds,
+            "upload_bytes": point["upload_bytes"] + record.uploaded_bytes / study.users,
+            "download_bytes": point["download_bytes"] + record.downloaded_bytes / study.users,
+            "value": record.smoothed_accuracy if of_value else None,
+        }
+        trace.append(point)
+    return trace, state
+
+
+def _of_user(
+    study: Study, plan: CellPlan, bench: Workbench, state: ServerState | None, user: int, rows: NDArray[np.int64]
+) -> tuple[float, list[tuple[int, Floats]]]:
+    """(FLOPs of a local step, class shares of the user's rows after so many steps)."""
+    config, resident, rank = plan.config, bench.resident, plan.config.max_rank
+    structure, arrays = Structure.full(bench.shape), bench.start
+    if state is not None:
+        structure, arrays = state.structures.get(user, structure), state.averaged
+    resident.mount(structure, narrow(arrays, structure, rank, bench.shape))
+    kind, ratio = compression(plan.cell.levels["compression"])
+    if kind == "width" and state is None:
+        structure = select(structure, MagnitudeScorer(resident).scores(), ratio, bench.shape)
+        resident.mount(structure, narrow(arrays, structure, rank, bench.shape))
+    flops = workload_for(plan.cell, config, bench.shape).iteration_flops(structure.counts(), rank)
+    if not plan.local_steps:
+        return flops, [(0, _shares(bench, rows))]
+    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
+    batches = bench.training_batches(user, config.rounds + 1, plan.local_steps)
+    done, found = 0, []
+    for point in range(1, study.evaluations + 1):
+        until = max(1, plan.local_steps * point // study.evaluations)
+        tune(resident, optimizer, islice(batches, until - done), _nothing, _nothing, Stopwatch())
+        done = until
+        found.append((done, _shares(bench, rows)))
+    return flops, found
+
+
+def _shares(bench: Workbench, rows: NDArray[np.int64]) -> Floats:
+    """Class probabilities [rows, classes] of the mounted model."""
+    encoded = replace(bench.test.take(rows), labels=np.arange(len(rows)))
+    shares = np.zeros((len(rows), len(bench.data.classes)))
+    with torch.inference_mode():
+        for batch in bench.evaluation_batches(encoded):
+            logits, which = predictions(bench.resident, batch)
+            shares[which.numpy()] = logits.double().softmax(-1).numpy()
+    return shares
+
+
+def _nothing(*_: object) -> None:
+    pass
