@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fedspine.errors import FederationError
@@ -39,7 +42,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> None:
             stop.set()
         return failure
 
-    with ThreadPoolExecutor(parallel) as pool:
+    with _terminable(), ThreadPoolExecutor(parallel) as pool:
         try:
             failures = [failure for failure in pool.map(one, jobs) if failure]
         except BaseException:  # interrupted: the processes end too
@@ -49,6 +52,19 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> None:
             raise
     if failures:
         raise FederationError(failures[0])
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM interrupts, as control-C does: a process that just ended would leave its jobs behind."""
+    if threading.current_thread() is not threading.main_thread():  # handlers are set there only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(job: Job, running: set[subprocess.Popen[str]], stop: threading.Event) -> str | None:
