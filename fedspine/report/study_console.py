@@ -23,14 +23,15 @@ def print_plan(study: Study, plans: Sequence[CellPlan], as_json: bool = False) -
     shown = [plan for plan in plans if plan.cell.seed == 0]
     factors = [factor for factor in study.vary if any(plan.cell.levels[factor] is not None for plan in shown)]
     table = Table(title=f"{study.name} on {study.device}: one device's need", title_justify="left")
-    for heading in (*factors, f"MB x {MARGIN:g}", "seconds", "MB sent", "infeasible because"):
-        table.add_column(heading, overflow="fold")
+    for heading in (", ".join(factors), f"MB x {MARGIN:g}", "seconds", "MB sent", "infeasible because"):
+        table.add_column(heading, overflow="fold", justify="right" if heading[0] in "Ms" else "left")
     for plan in shown:
-        levels = ["-" if plan.cell.levels[factor] is None else str(plan.cell.levels[factor]) for factor in factors]
+        levels = [str(level) for factor in factors if (level := plan.cell.levels[factor]) is not None]
         need = plan.estimate
         traffic = (need.upload_bytes + need.download_bytes) / 1e6
         figures = (f"{MARGIN * need.memory_bytes / 1e6:.0f}", f"{need.seconds:.1f}", f"{traffic:.1f}")
-        table.add_row(*levels, *figures, need.infeasible, style="dim" if need.infeasible else None)
+        style = "dim" if need.infeasible else None
+        table.add_row(", ".join(levels), *figures, need.infeasible, style=style)
     Console(highlight=False).print(table)
     feasible = [plan for plan in plans if not plan.estimate.infeasible]
     hours = sum(plan.estimate.seconds for plan in feasible) * study.users / 3600

@@ -5,7 +5,7 @@
     users = 4                     # persons, each with own data
     test_examples = 40            # held out from every user
     design = "full"               # all combinations; "around": one factor at a time around the anchor
-    interactions = [["learner", "examples"]]    # of design = "around": pairs whose combinations run too
+    interactions = [["learner", "examples"]]    # of design = "around": whose combinations run too
     evaluations = 1               # points of a learning curve
     target = 0.0                  # value whose cost is reported; 0: none
     metric = "accuracy"           # or "mae", for classes that are numbers
@@ -110,7 +110,7 @@ class Study:
     users: int = 4
     test_examples: int = 40
     design: str = "full"
-    interactions: tuple[tuple[str, str], ...] = ()
+    interactions: tuple[tuple[str, ...], ...] = ()
     evaluations: int = 1
     target: float = 0.0
     metric: str = "accuracy"
@@ -130,8 +130,8 @@ class Study:
         _one_of("design", self.design, ("full", "around"))
         _one_of("metric", self.metric, ("accuracy", "mae"))
         for pair in self.interactions:
-            if len(pair) != 2 or not set(pair) <= set(self.vary):
-                raise ConfigError(f"interactions: {list(pair)} must be two factors of [vary]: {', '.join(self.vary)}")
+            if len(set(pair)) < 2 or not set(pair) <= set(self.vary):
+                raise ConfigError(f"interactions: {list(pair)} must be factors of [vary]: {', '.join(self.vary)}")
         for factor, level in self.fixed.items():
             self._check(factor, level)
         for factor, levels in self.vary.items():

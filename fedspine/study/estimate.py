@@ -72,9 +72,9 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
         if steps < 1:
             reasons.append(f"one step takes {step_seconds:.3g} s here, more than budget = {levels['budget']}")
         federated = {"local": 0, "federated": steps}.get(str(levels["scope"]), steps // 2)
-    local = steps - federated
     config, rounds = _with_rounds(config, federated, study.evaluations)
     federated = rounds * config.local_iterations
+    local = 0 if levels["scope"] == "federated" else steps - federated
     seconds, memory = 0.0, workload.inference_bytes(ratio, rank)
     down = up = 0.0
     if trained:

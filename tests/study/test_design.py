@@ -103,7 +103,7 @@ def test_cells_keep_their_names_when_a_study_grows(folder: Path) -> None:
         ("", "seeds = 0", "seeds = 0: must be a whole number of at least 1"),
         ("", 'metric = "rouge"', "metric: 'rouge' must be one of accuracy, mae"),
         ("[tasks.mine]", 'data = "x"\nuser = "y"', "[tasks.mine]: 'user' must be one of data, text_column"),
-        ("", 'interactions = [["a", "b"]]', "must be two factors of [vary]"),
+        ("", 'interactions = [["a", "b"]]', "must be factors of [vary]"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, where: str, line: str, message: str) -> None:
