@@ -114,9 +114,9 @@ def measure(case: Case, tiny: Subject, subject: Subject) -> dict[str, float]:
     torch.set_num_threads(1)
     play(case, tiny)
     gc.collect()
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     seconds, estimate = play(case, subject)
-    peak = torch.cuda.max_memory_allocated() if subject.device == "cuda" else _resident("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() if subject.device == "cuda" else resident_bytes("VmHWM") - before
     return {"bytes": peak, "estimate": estimate, "seconds": seconds / subject.steps}
 
 
@@ -223,7 +223,7 @@ def _stock(config: RunConfig, local: Local, bench: Workbench) -> float:
     return time.perf_counter() - began
 
 
-def _resident(field: str) -> int:
+def resident_bytes(field: str) -> int:
     """Bytes: VmRSS now, VmHWM at most."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition(f"{field}:")[2].split()[0])

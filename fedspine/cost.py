@@ -184,8 +184,8 @@ class Workload:
         adapters = self.adapter_bytes(sparsity, rank) + 3 * self.adapter_bytes(sparsity, rank, self.trained_share)
         inside = [self._values_in_layer(heads, channels) for heads, channels in counts]
         values = shape.layers * shape.hidden + max(inside) if self.gradient_checkpointing else sum(inside)
-        values += 2 * shape.vocabulary  # logits and their gradient
-        activations = self.activation_bytes * tokens * values
+        logits = FLOAT_BYTES * 2 * shape.vocabulary  # and their gradient: the loss is taken in float32
+        activations = tokens * (self.activation_bytes * values + logits)
         return self._weight_bytes(sparsity) + adapters + activations
 
     def _values_in_layer(self, heads: float, channels: float) -> float:

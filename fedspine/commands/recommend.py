@@ -97,8 +97,8 @@ def _lines(found: Recommendation) -> list[str]:
         )
         lines += [f"   - {reason}" for reason in option.reasons]
     if found.options:
-        lines += ["", "as a study's [fixed]:"]
-        lines += [f"  {key} = {json.dumps(value)}" for key, value in found.options[0].levels.items()]
+        lines += ["", "the first as STUDY.toml:"]
+        lines += [f"  {line}" for line in found.study_file(found.options[0]).splitlines()]
     return [*lines, "", *(f"* {note}" for note in found.notes)]
 
 

@@ -61,6 +61,16 @@ class Recommendation:
     difficulty: Difficulty
     notes: tuple[str, ...]
     """What would change the answer, and what was left out."""
+    study: Study
+    """Users, device and tasks that options are cells of."""
+
+    def study_file(self, option: Option) -> str:
+        """An option as a study of one cell, which `fedspine study run` takes."""
+        tables = {f"tasks.{json.dumps(name)}": keys for name, keys in self.study.tasks.items()}
+        lines = [f"{key} = {json.dumps(getattr(self.study, key))}" for key in ("device", "users", "encoder")]
+        for head, keys in {"fixed": option.levels, **tables}.items():
+            lines += [f"[{head}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
+        return "\n".join(lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -115,7 +125,7 @@ def recommend(
         options = _probed(study, options, made, 60 * probe_minutes)
     infeasible = tuple(plan for plan in plans if plan.estimate.infeasible)
     notes = tuple(_notes(plans, options, examples, difficulty, sizes, found))
-    return Recommendation(tuple(options), infeasible, difficulty, notes)
+    return Recommendation(tuple(options), infeasible, difficulty, notes, study)
 
 
 def candidates(fixed: Point, models: Sequence[str]) -> list[Point]:

@@ -12,7 +12,7 @@ import pytest
 
 from fedspine.cli import main
 from fedspine.errors import FedSpineError
-from fedspine.study.design import Cell, Study
+from fedspine.study.design import DEFAULTS, Cell, Study, load_study
 from fedspine.study.difficulty import Difficulty, measure
 from fedspine.study.estimate import CellPlan, model_parameters, plan_cell
 from fedspine.study.recommend import Option, candidates, describe, ranked, recommend
@@ -120,7 +120,10 @@ def test_the_answer_is_explained_probed_and_the_same_again(tmp_path: Path, capsy
     assert {each["levels"]["learner"] for each in answers[0]["options"][:4]} == {"rag", "lora", "rag+lora"}
     assert any("4-bit weights are not among the candidates" in note for note in answers[0]["notes"])
     assert main(command[:-1]) == 0
-    assert "as a study's [fixed]:" in capsys.readouterr().out
+    text = capsys.readouterr().out.partition("the first as STUDY.toml:\n")[2].partition("\n\n")[0]
+    (tmp_path / "study.toml").write_text("\n".join(line[2:] for line in text.splitlines()))
+    (only,) = load_study(tmp_path / "study.toml").points()
+    assert only == {**DEFAULTS, **answers[0]["options"][0]["levels"]}
 
 
 def test_evidence_of_earlier_studies_goes_before_rules(models: tuple[str, str], tmp_path: Path) -> None:
