@@ -64,7 +64,7 @@ def test_other_runs_are_left_alone(tmp_path: Path, shared: dict[str, Any]) -> No
     config = load_config(done.directory / "config.toml", {})
     other = RunConfig.from_values({**shared, "policy": "fixed", "learning_rate": 2e-3})
     assert not retime_run(tmp_path / "old", other, tmp_path / "new")
-    for lever in ({"sampling": "speed"}, {"local_work": "deadline"}):
+    for lever in ({"sampling": "speed"}, {"local_work": "deadline"}, {"close_at": 0.5}):
         assert not retime_run(
             done.directory, RunConfig.from_values({**shared, "policy": "fixed", **lever}), tmp_path / "new"
         )
