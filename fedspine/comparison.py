@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from fedspine.methods import METHODS
 from fedspine.processes import Job, run_jobs
 from fedspine.report.records import write_atomically
 from fedspine.retime import retime_run
+from fedspine.toml_file import read_toml
 
 if TYPE_CHECKING:
     from fedspine.report.comparison_tables import View
@@ -195,11 +195,7 @@ def _read(config: str | Path | None) -> tuple[dict[str, Any], dict[str, dict[str
     """(keys that all share, keys by method) of a TOML file."""
     if config is None:
         return {}, {}
-    try:
-        values = tomllib.loads(Path(config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        load_config(Path(config), {})  # says what is wrong with it
-        raise
+    values = read_toml(Path(config), "configuration file")
     own = values.pop("methods", {})
     if not isinstance(own, dict) or not all(isinstance(keys, dict) for keys in own.values()):
         raise ConfigError(f"{config}: methods must be tables, such as [methods.fedavg]")

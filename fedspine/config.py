@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 from fedspine.config_rules import check_together
 from fedspine.errors import ConfigError
 from fedspine.methods import METHODS
+from fedspine.toml_file import read_toml
 
 _METHOD_HELP = "preset of the keys below: fedspine (measured best), fedspine-paper (faithful), or a baseline"
 
@@ -270,16 +271,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
 
     Errors: `ConfigError` when the file is absent, is no TOML, or holds wrong keys or values.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"configuration file {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration file {path} cannot be read: {error}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from None
+    values = {} if path is None else read_toml(path, "configuration file")
     return RunConfig.from_values({**values, **overrides})
 
 

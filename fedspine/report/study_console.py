@@ -47,10 +47,10 @@ class StudyProgress:
         self._task = self._progress.add_task("cells", total=None)
 
     def update(self, done: int, of: int) -> None:
+        self._progress.start()  # not before: a mistake in the file is told without a bar
         self._progress.update(self._task, completed=done, total=of)
 
     def __enter__(self) -> StudyProgress:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:

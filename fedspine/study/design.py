@@ -32,7 +32,6 @@ import difflib
 import hashlib
 import itertools
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -41,6 +40,7 @@ from typing import Any
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError, FedSpineError
 from fedspine.study.persona import PERSONAS
+from fedspine.toml_file import read_toml
 
 Level = Any
 """A text or a number, as in the file."""
@@ -224,12 +224,7 @@ def budget(level: Level) -> tuple[float, str]:
 
 def load_study(path: str | Path) -> Study:
     """Errors: `ConfigError` when the file is absent, no TOML, or holds what no study has."""
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"study file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"study file {path} is not valid TOML: {error}") from None
+    values = read_toml(Path(path), "study file")
     known = {f.name for f in fields(Study)} - {"name"}
     for key in values:
         if key not in known:
