@@ -47,7 +47,6 @@ from fedspine.data.encode import Encoded
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import load_population
 from fedspine.lora.adapters import narrow, start_adapters
-from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_base
 from fedspine.pruning.families import describe, head_of
 from fedspine.pruning.select import select
@@ -55,7 +54,7 @@ from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.training import tensors
 from fedspine.types import TRAINED, Action, Report, TrainRequest
-from fedspine.workbench import Workbench
+from fedspine.workbench import Workbench, resident_of
 
 ROWS, LENGTH, RANK = 4, 256, 8
 STEADY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -140,15 +139,7 @@ def play(case: Case, subject: Subject) -> tuple[float, int]:
             parameter.data = parameter.data.clone()
     resident: Any = model.to(subject.device)
     if not case.stock:
-        resident = ResidentModel(
-            model,
-            family,
-            config.lora_targets,
-            config.max_rank,
-            config.lora_scale,
-            device=subject.device,
-            checkpointing=case.checkpointing,
-        )
+        resident = resident_of(model, family, config)
     local, bench = _device(config, case, resident)
     if subject.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

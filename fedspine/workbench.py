@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedspine.config import RunConfig
 from fedspine.cost import Workload, workload_of
@@ -83,6 +84,20 @@ def configure_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
+def resident_of(model: nn.Module, family: str, config: RunConfig) -> ResidentModel:
+    """Take over a fresh model as the configuration says."""
+    return ResidentModel(
+        model,
+        family,
+        config.lora_targets,
+        config.max_rank,
+        config.lora_scale,
+        getattr(torch, config.dtype),
+        config.torch_device,
+        config.gradient_checkpointing,
+    )
+
+
 @lru_cache(maxsize=1)
 def workbench(settings: str) -> Workbench:
     """Load model and data for a configuration (JSON) once per process.
@@ -96,16 +111,7 @@ def workbench(settings: str) -> Workbench:
     data = find(settings) or prepare(config)
     pad_id = tokenizer.pad_token_id or 0
     model, family = load_base(config, len(data.classes), pad_id)
-    resident = ResidentModel(
-        model,
-        family,
-        config.lora_targets,
-        config.max_rank,
-        config.lora_scale,
-        getattr(torch, config.dtype),
-        config.torch_device,
-        config.gradient_checkpointing,
-    )
+    resident = resident_of(model, family, config)
 
     def tokens(rows: Rows, index: NDArray[np.int64]) -> Encoded:
         pairs = rows.pairs.take(index) if rows.pairs else None
