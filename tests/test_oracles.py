@@ -1,4 +1,18 @@
-"""Oracles and pitfalls of the specification that no other file has: averages, heads, scores, the clock, S-UCB's toy."""
+"""Oracles of the algorithm, and the errors of published code that must not come back: those that no other file has.
+
+The others, by what they hold:
+
+- aggregation: aggregation/test_rules.py (one device alone is the identity; the dense weighted sum; dilution),
+  aggregation/test_fold.py (exact sums), aggregation/test_baseline_rules.py (norms by the trace trick),
+  test_baselines.py (averaging one factor averages the products)
+- cutting: pruning/test_surgery.py (cut equals masked, before and after a step; every array is consumed),
+  pruning/test_families.py (heads of the dependency graph, grouped attention), pruning/test_select.py (monotone masks,
+  counted sparsity), federation/test_simulate.py (nothing comes back), lora/test_adapters.py (scale at every rank)
+- scores: pruning/test_importance.py (the estimated gradient)
+- bandits: controller/test_policies.py (leaves tile the square, discounts, the best cell, nothing is changed),
+  controller/test_baseline_policies.py (E-UCB's index, FedMP's reward)
+- clock: devices/test_clock.py (bandwidth), test_cost.py (more sparsity costs less)
+"""
 
 from __future__ import annotations
 
