@@ -175,8 +175,9 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     candidates = []
     for device, ratio, probe in zip(devices, before, probes, strict=True):
         low, high = allowed_range(config, round, ratio) if state.shared_scores else (ratio, ratio)
-        known = probe if took_part[device] else probe or called.get(device)
-        candidates.append(Candidate(device, ratio, low, high, ranks, known))
+        if not took_part[device]:
+            probe = probe or called.get(device)
+        candidates.append(Candidate(device, ratio, low, high, ranks, probe))
     key = (config.seed, round, 0, int(Purpose.POLICY))
     actions = federation.policy.suggest(round, candidates, pulls, key)
     grows = config.rank_growth > 1.0

@@ -179,8 +179,8 @@ class _Scheduler:
         probes = self._probe(devices, before)
         began = time.perf_counter()
         known = [
-            probe if seen else probe or self._called.get(device)
-            for device, probe, seen in zip(devices, probes, self.history.seen(devices), strict=True)
+            probe or (None if timed else self._called.get(device))
+            for device, probe, timed in zip(devices, probes, self.history.timed(devices), strict=True)
         ]
         candidates = [
             Candidate(device, ratio, *allowed_range(config, number, ratio), self.ranks, probe)

@@ -67,6 +67,11 @@ class History:
         """Whether each device has been asked before."""
         return [bool(row >= 0) for row in self._last[devices]]
 
+    def timed(self, devices: Sequence[int]) -> list[bool]:
+        """Whether the rates of each device are known: from its first training on."""
+        last = self._last[devices]
+        return ((last >= 0) & ~np.isnan(self._so_far["log_rates"][last, 0])).tolist()  # type: ignore[no-any-return]
+
     def sparsities(self, devices: Sequence[int]) -> list[float]:
         """What each device has cut, 0..1."""
         last = self._last[devices]

@@ -89,6 +89,7 @@ def test_history_tells_of_the_fleet_what_the_pulls_tell() -> None:
         np.testing.assert_array_equal(ours.asked, theirs.asked)
         np.testing.assert_array_equal(ours.sparsity, theirs.sparsity)
         np.testing.assert_allclose(ours.log_rates, theirs.log_rates, rtol=1e-12)
+        assert history.timed(range(6)) == (~np.isnan(ours.log_rates[:, 0])).tolist()
     assert ours.asked.tolist() == [2, 0, 0, 3, 2, 2]
     assert np.isnan(ours.log_rates[:, 0]).tolist() == [False, True, True, False, False, False]
 
