@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedspine.allocator import keep_freed_memory
 from fedspine.config import RunConfig
 from fedspine.controller.schedule import warmup_rounds
 from fedspine.cost import FLOAT_BYTES
@@ -100,6 +101,8 @@ def train(request: TrainRequest, own: bool = False) -> TrainReply:
     """
     bench = _bench_for(request)
     configure_threads(bench.config.threads)
+    if not own:
+        keep_freed_memory()
     watch = Stopwatch()
     local = begin(request, bench)
     return local if isinstance(local, TrainReply) else tuned(local, bench, watch, own)

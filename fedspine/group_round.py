@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from fedspine.allocator import keep_freed_memory
 from fedspine.client_round import Local, begin, next_structure, probe_batch
 from fedspine.config import RunConfig
 from fedspine.data.encode import Batch
@@ -58,6 +59,7 @@ def train_group(requests: Sequence[TrainRequest]) -> list[TrainReply]:
     """The local rounds of several devices of one run, side by side; replies in the order of the requests."""
     bench = workbench(requests[0].settings)
     configure_threads(bench.config.threads)
+    keep_freed_memory()
     watch = Stopwatch()
     begun = [begin(request, bench) for request in requests]
     members = [each for each in begun if isinstance(each, Local)]

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from fedspine.errors import ModelError
 from fedspine.lora.adapters import HEAD, kept_features
+from fedspine.lora.attention import NAME as ENCODER_ATTENTION
 from fedspine.lora.factors import BOTH
 from fedspine.lora.layer import ADAPTER, with_fused_lora
-from fedspine.pruning.families import describe, family_of, head_counters, head_of, projections
+from fedspine.pruning.families import Family, describe, family_of, head_counters, head_of, projections
 from fedspine.structure import ModelShape, ModuleShape, Structure
 from fedspine.types import Array, Arrays
 
@@ -60,7 +61,7 @@ class ResidentModel:
             for prefix, head in heads.items()
             for name, value in head.state_dict().items()
         }
-        _to(model, dtype, self.device)
+        _to(model, family_of(family), dtype, self.device)
         self._heads = {prefix: _Head(head.float()) for prefix, head in heads.items()}
         for path, part in zip(paths, self._heads.values(), strict=True):
             model.set_submodule(path, part)
@@ -284,8 +285,8 @@ def _checkpoint_layers(model: nn.Module, model_type: str) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _to(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _to(model: nn.Module, family: Family, dtype: torch.dtype, device: torch.device) -> None:
     """Store and compute in `dtype`. The fused attention of CPUs is several times slower in bfloat16."""
     model.to(device, dtype)
     if device.type == "cpu" and dtype == torch.bfloat16 and isinstance(model, PreTrainedModel):
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation("eager" if family.decoder else ENCODER_ATTENTION)
