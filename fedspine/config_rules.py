@@ -19,6 +19,7 @@ _NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
     ("fold", ("none", "all"), {"policy": ("fixed",), "rank_decay": (1.0,)}),
     ("rank_growth", (1.0,), {"policy": ("fixed",), "trained_factors": ("both",), "rank_decay": (1.0,)}),
     ("rank_growth", (1.0,), {"aggregation": _FACTORWISE, "fold": ("none",)}),
+    ("wire_dtype", ("float32",), {"fold": ("none",)}),
     ("logit_adjustment", (0.0,), {"task": ("classification",)}),
     ("distill_steps", (0,), {"task": ("classification",), "fold": ("none",), "trained_factors": ("both", "b")}),
     ("close_at", (1.0,), {"fold": ("none",), "trained_factors": ("both", "b"), "aggregation": _UNNORMED}),
