@@ -192,7 +192,7 @@ class RunConfig:
 
     # after the last round
     distill_steps: int = _key(0, "steps in which the uncut model teaches the cut one; 0: none", min=0, max=100_000)
-    distill_examples: int = _key(512, "distill_steps above 0: training texts for it, without label or owner", min=1)
+    public_examples: int = _key(0, "training rows that no device gets, but the server, to distill with", min=0)
 
     # measuring
     target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)

@@ -48,6 +48,11 @@ def check_together(config: RunConfig) -> None:
                     f"{key} = {getattr(config, key)!r}: with {name} = {getattr(config, name)!r} it must be {values}; "
                     f"or leave {name} at {without[0]!r}"
                 )
+    if config.distill_steps and not config.public_examples:
+        raise ConfigError(
+            f"distill_steps = {config.distill_steps}: the server needs texts to distill with, such as "
+            "public_examples = 512, which no device gets then"
+        )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
 

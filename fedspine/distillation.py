@@ -25,6 +25,10 @@ from fedspine.types import Array, Arrays
 from fedspine.workbench import Workbench
 
 TEMPERATURE = 2.0
+ROWS = 32
+"""In a step."""
+RATE = 0.3
+"""Of the devices' learning rate: the student starts close to what it shall become."""
 
 
 def distilled(bench: Workbench, state: ServerState) -> ServerState:
@@ -35,13 +39,13 @@ def distilled(bench: Workbench, state: ServerState) -> ServerState:
     assert bench.public is not None
     config, shape, resident = bench.config, bench.shape, bench.resident
     rng = generator(config.seed, 0, 0, Purpose.DISTILL)
-    batches = list(training_batches(bench.public, config.batch_size, config.distill_steps, rng, bench.pad_id))
+    batches = list(training_batches(bench.public, ROWS, config.distill_steps, rng, bench.pad_id))
     full = Structure.full(shape)
     resident.mount(full, narrow(state.averaged, full, config.max_rank, shape), merge=True)
     with torch.no_grad():
         taught = [predictions(resident, batch)[0] for batch in batches]
     resident.mount(state.consensus, narrow(state.averaged, state.consensus, config.max_rank, shape))
-    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
+    optimizer = LocalOptimizer(resident, RATE * config.learning_rate, config.clip_norm)
     for batch, logits in zip(batches, taught, strict=True):
         torch.autograd.backward(divergence(predictions(resident, batch)[0], logits))
         optimizer.step()
