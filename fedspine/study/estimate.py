@@ -153,9 +153,8 @@ def _index(study: Study, cell: Cell, config: RunConfig, meter: VirtualMeter) -> 
     items = int(cell.levels["examples"])
     if cell.levels["retriever"] == "bm25":
         return 2.0 * FLOAT_BYTES * items * config.max_length, 0.0
-    length = min(config.max_length, ENCODER_TOKENS)
-    config = replace(config, task=RunConfig.task, model=study.encoder, max_length=length)
-    encoder = workload_of(config, _shape(config, 2))
+    read = replace(config, max_length=min(config.max_length, ENCODER_TOKENS))
+    encoder = workload_of(read, _shape_of(study.encoder, config.lora_targets, 4, 2, RunConfig.task))
     batches = -(-items // config.batch_size)
     flops = batches * encoder.inference_flops(encoder.planned_counts(0.0))
     vectors = float(FLOAT_BYTES * items * encoder.shape.hidden)

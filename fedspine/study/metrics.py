@@ -1,9 +1,9 @@
 """What held-out rows are scored by. A score is larger where it is better, whatever the metric.
 
 - `accuracy`, `mae`: of classes; the latter is minus the distance between classes as numbers.
-- `perplexity`, `token-accuracy`: of a language model, over the tokens of what it has to continue or answer. A row
-  counts by its tokens, so that the mean over a user's rows is that over the user's tokens: for `perplexity` minus the
-  mean loss, which is minus the logarithm of perplexity. A difference of 0.1 is 10 % of perplexity, at any level.
+- `perplexity`, `token-accuracy`: of a language model, over the tokens of what it has to continue or answer: for
+  `perplexity` minus their mean loss, which is minus the logarithm of perplexity. A difference of 0.1 is 10 % of
+  perplexity, at any level.
 - `rouge-l`, `exact-match`: of what a language model writes, against the responses of the data.
 """
 
@@ -74,8 +74,14 @@ def score_of(metric: str, value: float) -> float:
 
 
 def of_tokens(metric: str, losses: Floats, right: Floats, tokens: Floats) -> Floats:
-    """Scores [rows] for `perplexity` or `token-accuracy`: of sums over the tokens of every row."""
-    scores: Floats = (-losses if metric == "perplexity" else right) / tokens.mean()
+    """Scores [rows] for `perplexity` or `token-accuracy`: of sums over the tokens of every row.
+
+    Their mean is that over all tokens, which is a ratio of two sums over rows; around it they scatter as a ratio does
+    (linearised: Cochran, Sampling Techniques, 1977, section 6.4), so that long rows do not make intervals too wide.
+    """
+    values = -losses if metric == "perplexity" else right
+    rate = values.sum() / tokens.sum()
+    scores: Floats = rate + (values - rate * tokens) / tokens.mean()
     return scores
 
 

@@ -18,7 +18,7 @@ from fedspine.data.lamp import QUERY, is_lamp, lamp_users
 from fedspine.data.partition import partition_rows
 from fedspine.data.prepared import PreparedData, Rows, Texts
 from fedspine.data.task import load_task
-from fedspine.errors import DataError
+from fedspine.errors import ConfigError, DataError
 from fedspine.study.design import LANGUAGE
 from fedspine.study.persona import FOLDERS, PERSONAS, persona_frame
 
@@ -134,6 +134,8 @@ def personal_task(name: str, tables: Mapping[str, Mapping[str, Any]], users: int
         keys["partition"] = f"column:{owner}"
     config = RunConfig.from_values({"min_classes": 1, **keys, "devices": users, "sampled": users, "seed": seed})
     if is_lamp(config.data):
+        if more := ", ".join(sorted(tables[name].keys() - {"data", "task"})):
+            raise ConfigError(f"[tasks.{name}]: {more}: files of LaMP say that themselves; leave it out")
         classes, parts = lamp_users(Path(config.data), users, config.task == LANGUAGE)
         first = np.cumsum([0, *map(len, parts)])[:-1]
         pools = tuple(
