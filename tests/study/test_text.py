@@ -281,25 +281,36 @@ def test_recommendations_for_texts(folder: Path, tmp_path: Path) -> None:
         recommend(board, str(tmp_path / "task.toml"), 10, 0.0)
 
 
-@pytest.mark.data
-@pytest.mark.skipif(not (SHARED / "stories260k_llama").is_dir(), reason="the shared data folder is absent")
-def test_a_real_model_copies_what_is_found(folder: Path, tmp_path: Path) -> None:
-    """Every text stands in the data four times; a pretrained model goes on with the one that it has just read."""
-    names = ("Tom", "Lily", "Ben", "Mia", "Sam", "Anna")
-    texts = [f"{name} saw a big {thing} and then {name} put the {thing} in a small box near the old {place} ."
-             for name, thing, place in zip(names, ("ball", "frog", "cake", "boat", "hat", "star"),
-                                           ("tree", "house", "pond", "road", "bed", "wall"), strict=True)]  # fmt: skip
-    lines = [json.dumps({"text": text, "writer": writer}) for writer in "ab" for text in texts * 4]
-    (tmp_path / "again.jsonl").write_text("\n".join(lines) + "\n")
-    model = (SHARED / "stories260k_llama/hf").resolve().as_posix()
-    keys = KEYS.format(data=(tmp_path / "again.jsonl").as_posix())
-    path = study_file(folder, tmp_path, 'metric = "perplexity"', '[vary]\nlearner = ["none", "rag"]', keys=keys)
-    text = path.read_text().replace(f'model = "{folder.as_posix()}/model"', f'model = "{model}"')
-    path.write_text(
-        text.replace("max_length = 32", "max_length = 256\nhistory = 1").replace("board.toml", "large.toml")
+def write_copying_model(folder: Path) -> None:
+    """The tiny Llama, trained to say the word again that it has read after every other word before."""
+    tokenizer = load_tokenizer(RunConfig(model=str(write_model(folder, family="llama", language=True, positions=32))))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rng = np.random.default_rng(0)
+    with torch.random.fork_rng(devices=[]):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(150):
+            habits = rng.choice((*GOOD, *BAD), 32)
+            texts = [" ".join(f"{word} {habit}" for word in rng.choice(OTHER, 4)) for habit in habits]
+            ids = torch.tensor(tokenizer(texts)["input_ids"])
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
+def test_what_is_found_helps_a_model_that_copies(folder: Path, tmp_path: Path) -> None:
+    write_copying_model(tmp_path / "model")
+    habits, rng = {"a": "good", "b": "stale"}, np.random.default_rng(1)
+    lines = [
+        {"text": f"{rng.choice(OTHER)} {habit}", "writer": who} for who, habit in habits.items() for _ in range(40)
+    ]
+    (tmp_path / "habits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "board.toml").write_text(DEVICE.format(8))
+    vary = '[vary]\nlearner = ["none", "rag"]'
+    found = values(
+        run_study(study_file(tmp_path, tmp_path, 'metric = "token-accuracy"', vary, "habits.jsonl"), tmp_path / "out")
     )
-    (folder / "large.toml").write_text(DEVICE.format(800))
-    found = values(run_study(path, tmp_path / "out"))
+    assert found["none"] < 0.6
     assert found["rag"] > found["none"] + 0.3
 
 
