@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
-from fedspine.data.columns import TextTask
+from fedspine.data.columns import TextTask, check_filled
 from fedspine.data.lamp import QUERY, is_lamp, lamp_users
 from fedspine.data.partition import partition_rows
 from fedspine.data.prepared import PreparedData, Rows, Texts
@@ -147,7 +147,7 @@ def personal_task(name: str, tables: Mapping[str, Mapping[str, Any]], users: int
     if config.task == LANGUAGE and "text_pair" not in task.train:
         task = _only(task, task.train["text"].str.split().str.len() > 1)
     if owner:
-        task = _only(task, _of_most_active(name, task.train, owner, users))
+        task = _only(task, _of_most_active(name, config, task.train, owner, users))
     rows: Sequence[NDArray[np.int64]] = partition_rows(task, config)
     pools = tuple(mine[_order(seed, user, len(mine))] for user, mine in enumerate(rows))
     return PersonalTask(name, task.classes, task.train, pools, config.task)
@@ -161,17 +161,17 @@ def _only(task: TextTask, kept: pd.Series) -> TextTask:
     return replace(task, train=task.train[kept].reset_index(drop=True))
 
 
-def _of_most_active(name: str, frame: pd.DataFrame, owner: str, users: int) -> pd.Series:
+def _of_most_active(name: str, config: RunConfig, frame: pd.DataFrame, owner: str, users: int) -> pd.Series:
     """Which rows are of the users with the most rows: the same in every seed, so that seeds differ in rows alone.
 
-    Errors: `DataError` without the column, or with fewer users.
+    Errors: `DataError` without the column, for rows of nobody, or with fewer users.
     """
     if owner not in frame:
         raise DataError(
             f"[tasks.{name}] user_column = '{owner}': no such column in the data; it has "
             f"{', '.join(map(str, frame.columns))}"
         )
-    owners = frame[owner].astype(str)
+    owners = check_filled(config, "training", frame, (owner,))[owner].astype(str)
     counts = owners.value_counts()
     if len(counts) < users:
         raise DataError(f"users = {users}: column '{owner}' of task '{name}' names {len(counts)}; use at most as many")

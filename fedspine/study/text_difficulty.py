@@ -45,14 +45,14 @@ def measure_text(
         responses = history["text_pair"].tolist() if task.has_responses else None
         asked = ask(tokenizer, history["text"].tolist(), responses, [[]] * len(history), config.max_length)
         losses, _, _ = token_sums(bench, asked.encoded())
-        shares.append(losses.sum() / _unigram_loss(asked.answers, bench.shape.vocabulary))
+        shares.append(losses.sum() / unigram_loss(asked.answers, bench.shape.vocabulary))
         if len(history) > HISTORY:
             found.append(_found(task, history, retriever, encoder))
     gain, copied = np.mean(found, axis=0) if found else (0.0, 0.0)
     return TextDifficulty(float(np.mean(shares)), float(gain), float(copied))
 
 
-def _unigram_loss(rows: list[list[int]], vocabulary: int) -> float:
+def unigram_loss(rows: list[list[int]], vocabulary: int) -> float:
     """Sum over all tokens, each by how often it stands in the other rows, plus one."""
     total = Counter(token for row in rows for token in row)
     size = total.total()

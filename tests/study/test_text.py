@@ -23,7 +23,7 @@ from fedspine.study.recommend import recommend
 from fedspine.study.report import report_study
 from fedspine.study.run import plan_study, results, run_study
 from fedspine.study.tasks import halves, personal_task
-from fedspine.study.text_difficulty import measure_text
+from fedspine.study.text_difficulty import measure_text, unigram_loss
 from tests.data.test_lamp import films, write
 from tests.small_run import BAD, GOOD, OTHER, write_model
 from tests.study.test_design import DEVICE
@@ -224,6 +224,13 @@ def test_a_mistake_is_named_before_anything_runs(
     assert message in str(caught.value)
 
 
+def test_rows_of_nobody_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,writer\n" + "one two,a\n" * 9 + "one two,\n" * 9)
+    tables = {"texts": {"data": str(tmp_path / "rows.csv"), "task": "causal-lm", "user_column": "writer"}}
+    with pytest.raises(FedSpineError, match="of the training rows has an empty 'writer'"):
+        personal_task("texts", tables, 1, 0)
+
+
 def test_more_users_than_there_are(folder: Path, tmp_path: Path) -> None:
     path = study_file(folder, tmp_path, 'metric = "perplexity"', "")
     path.write_text(path.read_text().replace("users = 2", "users = 4"))
@@ -240,6 +247,22 @@ def _with_no_history(folder: Path, to: Path) -> Study:
     path = study_file(folder, to, 'metric = "perplexity"', 'learner = "rag"')
     path.write_text(path.read_text().replace("examples = 12", "examples = 0"))
     return load_study(path)
+
+
+def test_the_loss_of_a_unigram_by_hand() -> None:
+    """Each token by the other rows' counts plus one: 1 of 1 + 4 tokens, twice, and 1 of 2 + 4."""
+    assert unigram_loss([[1, 1], [2]], vocabulary=4) == pytest.approx(2 * math.log(5) + math.log(6))
+
+
+@pytest.mark.parametrize(("task", "metric"), [("classification", "accuracy"), ("causal-lm", "exact-match")])
+def test_files_of_lamp_are_studied(folder: Path, tmp_path: Path, task: str, metric: str) -> None:
+    path = write(tmp_path / "lamp", "LaMP_2", [films(9, "1"), films(14, "2"), films(12, "3")], ["war", "love", "war"])
+    keys = f'data = "{Path(path).as_posix()}"\ntask = "{task}"'
+    vary = '[vary]\nlearner = ["rag", "lora"]'
+    study = study_file(folder, tmp_path, f'metric = "{metric}"', vary, keys=keys)
+    study.write_text(study.read_text().replace("test_examples = 6", "test_examples = 1").replace("= 12", "= 10"))
+    for result in results(run_study(study, tmp_path / "out")):
+        assert [len(user) for user in result["scores"]] == [1, 1]
 
 
 def test_difficulty_of_texts_is_what_the_model_and_the_history_do_not_know(folder: Path, tmp_path: Path) -> None:
