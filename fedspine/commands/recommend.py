@@ -21,6 +21,7 @@ EXAMPLES = """examples:
 TASK.toml: keys of a study's [tasks.NAME], and max_length where texts are long, such as
   data = "reviews.jsonl"
   partition = "column:user"
+with task = "causal-lm" it is one of a language model, which --model has to name.
 """
 SHOWN = 5
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.nn import functional
 
 from fedspine.data.encode import IGNORED, Encoded
 from fedspine.data.language import encoded_rows, end_ids, prompt_ids, response_ids, token_ids
+from fedspine.errors import ConfigError
 from fedspine.generation import generate
 from fedspine.model import load_tokenizer
 from fedspine.study.design import Study
@@ -29,7 +29,7 @@ from fedspine.study.retrieve import nearest, similarities
 from fedspine.study.tasks import PersonalTask, halves
 from fedspine.study.tuning import Answer
 from fedspine.training import predictions
-from fedspine.workbench import Workbench
+from fedspine.workbench import Workbench, configure_threads
 
 SEPARATOR = "\n\n"
 """Between items, and before what is given."""
@@ -49,12 +49,15 @@ class Asked:
 
 
 def text_scores(study: Study, plan: CellPlan, task: PersonalTask) -> Answer:
-    """Gives the scores [rows] of a user's held-out rows by the mounted model."""
+    """Gives the scores [rows] of a user's held-out rows by the mounted model.
+
+    What it is asked is made now, before anything is trained. Errors: subclasses of `FedSpineError`.
+    """
     config, levels = plan.config, plan.cell.levels
     tokenizer: Any = load_tokenizer(config)
+    configure_threads(config.threads)
 
-    @cache
-    def asked(user: int) -> Asked:
+    def asked_of(user: int) -> Asked:
         history, held_out = task.of_user(user, int(levels["examples"] or 0), study.test_examples)
         items: list[list[str]] = [[]] * len(held_out)
         if "rag" in levels["learner"]:
@@ -65,13 +68,15 @@ def text_scores(study: Study, plan: CellPlan, task: PersonalTask) -> Answer:
         responses = held_out["text_pair"].tolist() if task.has_responses else None
         return ask(tokenizer, held_out["text"].tolist(), responses, items, config.max_length)
 
+    asked = [asked_of(user) for user in range(study.users)]
+
     def scores(bench: Workbench, user: int, _: NDArray[np.int64]) -> Floats:
         if METRICS[study.metric].suits == RESPONSES:
             most = min(config.generate_tokens, config.max_length // 2)
-            written = generate(bench.resident, tokenizer, asked(user).prompts, most)
+            written = generate(bench.resident, tokenizer, asked[user].prompts, most)
             wanted = task.of_user(user, 0, study.test_examples)[1]["text_pair"].tolist()
             return of_answers(study.metric, written, wanted)
-        return of_tokens(study.metric, *token_sums(bench, asked(user).encoded()))
+        return of_tokens(study.metric, *token_sums(bench, asked[user].encoded()))
 
     return scores
 
@@ -87,7 +92,10 @@ def items_of(task: PersonalTask, history: Any, keys: Sequence[str]) -> list[str]
 def ask(
     tokenizer: Any, texts: list[str], responses: list[str] | None, items: Sequence[list[str]], max_length: int
 ) -> Asked:
-    """`items`: of every row, what stands before it. Each prompt and each answer has at most half of `max_length`."""
+    """`items`: of every row, what stands before it. Each prompt and each answer has at most half of `max_length`.
+
+    Errors: `ConfigError` when nothing but what stands around an instruction would fit.
+    """
     room = max_length // 2
     if responses is None:
         given = [halves(text)[0] for text in texts]
@@ -98,6 +106,11 @@ def ask(
     def prompt(text: str) -> list[int]:
         return (token_ids(tokenizer, [text], begun=True) if responses is None else prompt_ids(tokenizer, [text]))[0]
 
+    if (frame := len(prompt(""))) > room // 2:
+        raise ConfigError(
+            f"max_length = {max_length}: half of it is for what a model is given, of which what stands around an "
+            f"instruction takes {frame} tokens; use at least {4 * frame}"
+        )
     prompts = []
     for text, found in zip(given, items, strict=True):
         if found:

@@ -46,7 +46,7 @@ encoder = "{folder}/model"
 [fixed]
 task = "texts"
 model = "{folder}/model"
-max_length = 32
+max_length = 64
 batch_size = 4
 local_iterations = 5
 learning_rate = 1e-2
@@ -79,10 +79,10 @@ def write_texts(path: Path, responses: bool = False) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    write_model(folder / "model", family="llama", language=True, positions=32)
+    write_model(folder / "model", family="llama", language=True, positions=64)
     write_texts(folder / "texts.jsonl")
     write_texts(folder / "pairs.jsonl", responses=True)
-    (folder / "board.toml").write_text(DEVICE.format(8))
+    (folder / "board.toml").write_text(DEVICE.format(16))
     return folder
 
 
@@ -188,6 +188,8 @@ def test_history_stands_before_the_input_and_the_answer_stays_the_same(folder: P
     words = tokenizer.decode(long.prompts[0]).split()
     assert len(words) == len(long.answers[0]) == 16
     assert (words.count("a"), words.count("so")) == (4, 4)  # alike, and half of what is given stays
+    with pytest.raises(ConfigError, match="max_length = 40: half of it is for what a model is given, of which"):
+        ask(tokenizer, [text], ["fine"], [[]], 40)
 
 
 def test_the_users_with_the_most_rows_are_taken(folder: Path) -> None:
@@ -292,11 +294,13 @@ def test_recommendations_for_texts(folder: Path, tmp_path: Path) -> None:
     names = [rows, *(rows.replace('"writer": "', f'"writer": "{more}') for more in "xy")]  # nine writers
     (tmp_path / "rows.jsonl").write_text("".join(names))
     (tmp_path / "task.toml").write_text(KEYS.format(data="rows.jsonl") + "max_length = 32\n")
-    found = recommend(board, str(tmp_path / "task.toml"), 10, 1.0, models=(model,), encoder=model)
+    found = recommend(board, str(tmp_path / "task.toml"), 10, 1.0, models=(model,), encoder=model, probe_minutes=1e-3)
     assert {option.levels["learner"] for option in found.options} == {"rag", "lora", "rag+lora"}
     assert {option.levels["compression"] for option in found.options if option.levels["learner"] == "rag"} == {
         "none", "bf16", "width:0.5",
     }  # fmt: skip
+    probed = [option.probed for option in found.options[:4]]
+    assert probed[0] == max(value for value in probed if value is not None)
     (tmp_path / "study.toml").write_text(found.study_file(found.options[0]))
     study = load_study(tmp_path / "study.toml")
     assert (study.metric, study.test_examples) == ("perplexity", 20)
@@ -306,7 +310,7 @@ def test_recommendations_for_texts(folder: Path, tmp_path: Path) -> None:
 
 def write_copying_model(folder: Path) -> None:
     """The tiny Llama, trained to say the word again that it has read after every other word before."""
-    tokenizer = load_tokenizer(RunConfig(model=str(write_model(folder, family="llama", language=True, positions=32))))
+    tokenizer = load_tokenizer(RunConfig(model=str(write_model(folder, family="llama", language=True, positions=64))))
     model = AutoModelForCausalLM.from_pretrained(folder)
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
