@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.data.prepared import PreparedData, shared
+from fedspine.study.base import loadable
 from fedspine.study.design import Study
 from fedspine.study.estimate import CellPlan
 from fedspine.study.retrieve import Floats, similarities, vote
@@ -23,15 +24,15 @@ def run_cell(study: Study, plan: CellPlan, task: PersonalTask, work: Path) -> di
     `work`: a directory that may be used, and is left away.
     Errors: subclasses of `FedSpineError`.
     """
-    levels, config = plan.cell.levels, plan.config
+    levels = plan.cell.levels
     data, tests = task.data(int(levels["examples"] or 0), study.test_examples)
     votes = [_votes(study, plan, data, *who) for who in enumerate(tests)] if "rag" in levels["learner"] else None
     if levels["learner"] == "rag":
         trace: Trace = [start_point(plan)]
         answers: Answers = [votes or []]
     else:
-        with shared(data, config.to_json()):
-            trace, answers = tuned(study, plan, tests, work)
+        with loadable(plan, len(data.classes)) as runs, shared(data, runs.config.to_json()):
+            trace, answers = tuned(study, runs, tests, work)
         if votes:
             answers = [[(mine + found) / 2 for mine, found in zip(point, votes, strict=True)] for point in answers]
     labels = [data.test.labels[rows] for rows in tests]
