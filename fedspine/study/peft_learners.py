@@ -17,12 +17,12 @@ from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTu
 from torch import nn
 
 from fedspine.artifact import assembled
-from fedspine.lora.resident import Head, checkpoint_layers
-from fedspine.pruning.families import family_of, head_of, projections
+from fedspine.config import RunConfig
+from fedspine.lora.resident import Head, ResidentModel, checkpoint_layers
+from fedspine.pruning.families import family_of, head_of
 from fedspine.study.design import Point, compression
 from fedspine.study.quantise import quantise
 from fedspine.study.workload import PEFT_LEARNERS, WEIGHT_BYTES
-from fedspine.workbench import Workbench
 
 _SCALED = ("k", "v", "qkv", "down")
 """Roles of the projections at which IA3 has its vectors: at their outputs, of the last one at its inputs."""
@@ -34,12 +34,11 @@ def is_peft(levels: Point) -> bool:
 
 
 class PeftLearner:
-    """The model that is mounted on a workbench, on its own and with what a learner trains of it."""
+    """What is mounted on a resident model, as a model of its own with what a learner trains of it."""
 
-    def __init__(self, levels: Point, bench: Workbench) -> None:
+    def __init__(self, levels: Point, config: RunConfig, resident: ResidentModel) -> None:
         """Errors: `ModelError` without bitsandbytes, where weights are to be quantised."""
-        config, resident = bench.config, bench.resident
-        family, (kind, _) = bench.shape.family, compression(levels["compression"])
+        family, (kind, _) = resident.shape.family, compression(levels["compression"])
         settings = deepcopy(resident.model.config)
         base: Any = assembled(resident.weights(), settings, config.task, resident.structure.counts())
         base.to(resident.device)
@@ -56,7 +55,7 @@ class PeftLearner:
             base.set_submodule(path, head)
         self.device = resident.device
         learner, rank = str(levels["learner"]).removeprefix("rag+"), int(levels["rank"] or 0)
-        adapter = _adapter(learner, rank, base, heads, bench)
+        adapter = _adapter(learner, rank, heads, config, resident)
         self.model: nn.Module = base
         if adapter is not None:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -91,9 +90,11 @@ class PeftLearner:
         return (states[torch.arange(len(states), device=states.device), self._last][:, None],)
 
 
-def _adapter(learner: str, rank: int, base: nn.Module, heads: tuple[str, ...], bench: Workbench) -> PeftConfig | None:
+def _adapter(
+    learner: str, rank: int, heads: tuple[str, ...], config: RunConfig, resident: ResidentModel
+) -> PeftConfig | None:
     """PEFT's settings; None for a model that learns nothing."""
-    config, shape = bench.config, bench.shape
+    shape = resident.shape
     common: dict[str, Any] = {"task_type": "CAUSAL_LM" if config.task == "causal-lm" else "SEQ_CLS"}
     common |= {"modules_to_save": list(heads) or None}
     if learner == "lora":
@@ -101,7 +102,7 @@ def _adapter(learner: str, rank: int, base: nn.Module, heads: tuple[str, ...], b
         alpha = config.lora_scale * rank
         return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, **common)
     if learner == "ia3":
-        scaled = [module for module in projections(base, shape.family) if module.role in _SCALED]
+        scaled = [module for module in resident.projections if module.role in _SCALED]
         inside = [module.name for module in scaled if module.role == "down"]
         return IA3Config(target_modules=[module.name for module in scaled], feedforward_modules=inside, **common)
     if learner == "prompt":

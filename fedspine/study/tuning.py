@@ -111,7 +111,7 @@ def _mounted(plan: CellPlan, bench: Workbench, state: ServerState | None, user: 
 def _peft(plan: CellPlan, bench: Workbench) -> Callable[[int], tuple[Learner, float]]:
     """The same for a learner that PEFT brings: one model, which every user begins anew with."""
     _, flops = _mounted(plan, bench, None, 0)
-    learner = PeftLearner(plan.cell.levels, bench)
+    learner = PeftLearner(plan.cell.levels, plan.config, bench.resident)
 
     def begin(_: int) -> tuple[Learner, float]:
         learner.restart()
