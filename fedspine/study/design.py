@@ -48,9 +48,11 @@ Point = Mapping[str, Level]
 """A level for every factor; None where the learner does not look."""
 
 LEARNERS = ("none", "rag", "lora", "rag+lora", "ia3", "prompt", "prefix")
+"""The last three in scope `local` only: FedSpine federates LoRA."""
 SCOPES = ("local", "federated", "federated-then-local")
 RETRIEVERS = ("dense", "bm25")
 COMPRESSIONS = ("none", "bf16", "width:SHARE", "depth:SHARE", "fedspine:SHARE", "int8", "nf4", "ready:FOLDER")
+"""SHARE: of heads and channels (`width`, `fedspine`), or of layers (`depth`). `int8`, `nf4`: scope `local` only."""
 BUDGET_UNITS = ("steps", "samples", "seconds")
 DEFAULTS: dict[str, Level] = {
     "task": None,

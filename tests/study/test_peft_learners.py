@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fedspine.training import LocalOptimizer, batch_loss, evaluate, predictions,
 from tests.small_run import write_data, write_model
 from tests.study.test_design import DEVICE, reasons, small_study
 from tests.study.test_run import write_study
-from tests.tiny import even_structure, tiny_model, tokens
+from tests.tiny import even_structure, tiny_language_model, tiny_model, tokens
 
 RANK = 3
 NO_PREFIX = "distilbert", "prefix"
@@ -35,17 +36,24 @@ NO_PREFIX = "distilbert", "prefix"
 
 
 def learner_of(
-    family: str, learner: str, compression: str = "none", cut: bool = False, dtype: torch.dtype = torch.float32
+    family: str,
+    learner: str,
+    compression: str = "none",
+    cut: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **keys: Any,
 ) -> tuple[PeftLearner, ResidentModel]:
     """With three virtual tokens (or rank 3), on a tiny model."""
     if compression in ("int8", "nf4"):
         pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")
-    resident = ResidentModel(tiny_model(family), family, RunConfig.lora_targets, RANK, 2.0, dtype)
+    model = tiny_language_model(family) if keys.get("task") == "causal-lm" else tiny_model(family)
+    resident = ResidentModel(model, family, RunConfig.lora_targets, RANK, 2.0, dtype)
     structure = even_structure(resident.shape) if cut else Structure.full(resident.shape)
     arrays = start_adapters(resident.shape, RANK, np.random.default_rng(0)) | resident.head_arrays()
     resident.mount(structure, narrow(arrays, structure, RANK, resident.shape))
     levels = {"learner": learner, "compression": compression, "rank": RANK}
-    return PeftLearner(levels, RunConfig(min_rank=RANK, max_rank=RANK, fixed_rank=RANK), resident), resident
+    config = RunConfig(min_rank=RANK, max_rank=RANK, fixed_rank=RANK, **keys)
+    return PeftLearner(levels, config, resident), resident
 
 
 def batch(rows: int = 3) -> Batch:
@@ -65,9 +73,9 @@ def test_a_learner_trains_what_the_formula_counts_and_nothing_else(family: str, 
     assert 4 * sum(each.numel() for each in one.parameters.values()) == counted
     assert counted > workload_of(config, resident.shape).adapter_bytes(0.0, 0)
     frozen = {name: each.clone() for name, each in one.model.state_dict().items() if name not in one.parameters}
-    before = float(batch_loss(one, batch()))
+    before = float(batch_loss(one, batch()).detach())
     tune(one, LocalOptimizer(one, 0.03, 1.0), [batch()] * 12, lambda: None, lambda _: None, Stopwatch())
-    after = float(batch_loss(one, batch()))
+    after = float(batch_loss(one, batch()).detach())
     assert after < 0.8 * before
     assert all(torch.equal(each, frozen[name]) for name, each in one.model.state_dict().items() if name in frozen)
     own = [name for name in one.parameters if "modules_to_save" not in name]
@@ -96,11 +104,36 @@ def test_padding_changes_nothing(family: str, learner: str) -> None:
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize("learner", ["ia3", "prompt", "prefix"])
+@pytest.mark.parametrize("learner", PEFT_LEARNERS)
+def test_a_language_model_learns_too(learner: str) -> None:
+    one, resident = learner_of("llama", learner, task="causal-lm")
+    text = replace(batch(), labels=batch().input_ids)
+    if learner == "ia3":
+        torch.testing.assert_close(predictions(one, text), predictions(resident, text))
+    with torch.inference_mode():
+        behind = RANK if learner == "prompt" else 0
+        logits = one.model(**tokens()).logits[:, behind:-1].flatten(0, 1)
+        torch.testing.assert_close(predictions(one, text)[0], logits)
+    before = float(batch_loss(one, text).detach())
+    tune(one, LocalOptimizer(one, 0.03, 1.0), [text] * 12, lambda: None, lambda _: None, Stopwatch())
+    assert float(batch_loss(one, text).detach()) < before
+
+
+@pytest.mark.parametrize(("learner", "kind"), [("ia3", "none"), ("prompt", "none"), ("lora", "int8")])
+def test_gradients_are_the_same_with_checkpointing(learner: str, kind: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        one, _ = learner_of("bert", learner, kind, gradient_checkpointing=checkpointing)
+        batch_loss(one, batch()).backward()  # type: ignore[no-untyped-call]
+        gradients.append([each.grad for each in one.parameters.values()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("learner", PEFT_LEARNERS)
 def test_bfloat16_trains_float32_adapters(learner: str) -> None:
     one, _ = learner_of("bert", learner, dtype=torch.bfloat16)
     assert {each.dtype for each in one.parameters.values()} == {torch.float32}
-    before = float(batch_loss(one, batch()))
+    before = float(batch_loss(one, batch()).detach())
     tune(one, LocalOptimizer(one, 0.03, 1.0), [batch()] * 8, lambda: None, lambda _: None, Stopwatch())
     assert float(batch_loss(one, batch())) < before
 
