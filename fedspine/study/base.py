@@ -75,7 +75,8 @@ def _write_whole(config: RunConfig, cut: Cut, folder: Path) -> None:
     for module in projections(whole, cut.family):
         kept = torch.from_numpy(module.features(structure.mask(module.layer, module.unit)))
         rows = module.axis == "rows"
-        for name in [f"{module.name}.{part}" for part in ("weight", "bias")][: 2 if rows else 1]:
+        for part in ("weight", "bias") if rows else ("weight",):
+            name = f"{module.name}.{part}"
             if name in weights:
                 room = torch.zeros(whole.get_parameter(name).shape)
                 room[kept if rows else (slice(None), kept)] = weights[name]

@@ -125,9 +125,9 @@ def _conflicts(cell: Cell, config: RunConfig, shape: ModelShape, classes: int, c
     if levels["scope"] not in (None, "local"):
         if learner in PEFT_LEARNERS:
             yield f"FedSpine federates LoRA: use scope = local with learner = {learner}"
-        if kind in WEIGHT_BYTES:
+        elif kind in WEIGHT_BYTES:
             yield f"a quantised model is tuned on its own device: use scope = local with compression = {kind}"
-        if kind == "ready" and cut:
+        elif kind == "ready" and cut:
             yield "a model that was cut before is tuned on its own device: use scope = local, or a whole model"
     if learner == "prefix":
         if cut:
