@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[embedded,text,onnx,rag]" $(DEV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[embedded,text,onnx,rag,quant]" $(DEV)
 	touch $(STAMP)
 
 simulate: setup

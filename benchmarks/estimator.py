@@ -2,8 +2,9 @@
 
     .venv/bin/python -m benchmarks.estimator [--out FILE.json]
 
-Random models of eight shapes, each in float32, in bfloat16 and with half of its heads and channels cut: two steps on
-random tokens of full length, one thread. A process per shape; what counts is its largest resident set (VmHWM) of the
+Random models of eight shapes, each in float32, in bfloat16, with half of its heads and channels cut and with quantised
+weights, tuned with LoRA; and in float32 with the other learners: two steps on random tokens of full length, one thread.
+ A process per shape; what counts is its largest resident set (VmHWM) of the
 training, less what it had before the model was made. Allocator as in `benchmarks/memory.py`. Attention is computed in
 the open (eager), which is what the formula counts; a fused one needs less.
 """
@@ -33,7 +34,8 @@ from fedspine.pruning.select import select
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.study.design import Cell, compression
-from fedspine.study.estimate import workload_for
+from fedspine.study.peft_learners import PeftLearner, is_peft
+from fedspine.study.workload import QUANTISER_BYTES, WEIGHT_BYTES, lora_rank, workload_for
 from fedspine.training import LocalOptimizer, tune
 
 SHAPES: tuple[tuple[str, str, int, int, int, int, int], ...] = (
@@ -47,12 +49,16 @@ SHAPES: tuple[tuple[str, str, int, int, int, int, int], ...] = (
     ("llama", "causal-lm", 512, 12, 4, 256, 16),
 )
 """Family, task, hidden, layers, batch, length, rank."""
-COMPRESSIONS = ("none", "bf16", "width:0.5")
+CASES = (
+    *(("lora", level) for level in ("none", "bf16", "width:0.5", "int8", "nf4")),
+    *((learner, "none") for learner in ("ia3", "prompt", "prefix")),
+)
+"""Learner, compression."""
 TINY = ("classification", 48, 2, 2, 16, 4)
 
 
-def measure(shape: tuple[Any, ...], level: str) -> tuple[int, float]:
-    """(measured bytes, estimated bytes)."""
+def measure(shape: tuple[Any, ...], learner: str, level: str) -> tuple[int, float]:
+    """(measured bytes, estimated bytes without the library that quantises: every process here has it)."""
     family, task, hidden, layers, rows, length, rank = shape
     before = resident_bytes("VmRSS")
     kind, ratio = compression(level)
@@ -74,30 +80,34 @@ def measure(shape: tuple[Any, ...], level: str) -> tuple[int, float]:
     ids = rng.integers(5, COMMON["vocab_size"], (2, rows, length))
     labels = ids if task == "causal-lm" else rng.integers(2, size=(2, rows))
     batches = [Batch(tokens, np.ones_like(tokens), None, right) for tokens, right in zip(ids, labels, strict=True)]
+    cell = Cell({"learner": learner, "compression": level, "rank": rank}, 0)
+    estimate = workload_for(cell, config, resident.shape).planned_memory_bytes(ratio, lora_rank(cell.levels))
+    trained: Any = PeftLearner(cell.levels, config, resident) if is_peft(cell.levels) else resident
+    del resident, model
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
-    tune(resident, LocalOptimizer(resident, 1e-3, 1.0), batches, lambda: None, lambda _: None, Stopwatch())
-    estimate = workload_for(Cell({"compression": level}, 0), config, resident.shape).planned_memory_bytes(ratio, rank)
-    return resident_bytes("VmHWM") - before, estimate
+    tune(trained, LocalOptimizer(trained, 1e-3, 1.0), batches, lambda: None, lambda _: None, Stopwatch())
+    return resident_bytes("VmHWM") - before, estimate - (QUANTISER_BYTES if kind in WEIGHT_BYTES else 0.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--only", type=int, metavar="N", help="only the N-th shape")
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.shape:
         torch.set_num_threads(1)
         shape = json.loads(options.shape)
-        for level in COMPRESSIONS:
-            measure((shape[0], *TINY), level)  # what the libraries need
-        for level in COMPRESSIONS:
+        for case in CASES:
+            measure((shape[0], *TINY), *case)  # what the libraries need
+        for case in CASES:
             gc.collect()
-            print(json.dumps([level, *measure(tuple(shape), level)]), flush=True)
+            print(json.dumps([", ".join(case), *measure(tuple(shape), *case)]), flush=True)
         return
     rows = []
-    print(f"{'family, task, hidden, layers, batch, length, rank':52s} {'':10s} {'MB':>6s} {'estimate / measured':>20s}")
-    for shape in SHAPES:
+    print(f"{'family, task, hidden, layers, batch, length, rank':52s} {'':15s} {'MB':>6s} {'estimate / measured':>20s}")
+    for shape in SHAPES[options.only - 1 : options.only] if options.only else SHAPES:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.estimator", "--shape", json.dumps(shape)],
             env={**os.environ, "OMP_NUM_THREADS": "1", **STEADY},
@@ -105,10 +115,10 @@ def main() -> None:
             text=True,
             check=True,
         )
-        for level, measured, estimate in map(json.loads, done.stdout.splitlines()):
-            rows.append({"shape": shape, "compression": level, "bytes": measured, "estimate": estimate})
+        for case, measured, estimate in map(json.loads, done.stdout.splitlines()):
+            rows.append({"shape": shape, "case": case, "bytes": measured, "estimate": estimate})
             text = ", ".join(map(str, shape))
-            print(f"{text:52s} {level:10s} {measured / 1e6:6.0f} {estimate / measured:20.2f}", flush=True)
+            print(f"{text:52s} {case:15s} {measured / 1e6:6.0f} {estimate / measured:20.2f}", flush=True)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
 

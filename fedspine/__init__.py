@@ -11,6 +11,7 @@ fedspine.bench("model").ratios()
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fedspine.schedule_only import ScheduleResult, schedule
     from fedspine.simulation import RunResult, simulate
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is; it warns at every int8 product
 __version__ = "0.1.0"
 __all__ = [
     "BenchResult",

@@ -159,6 +159,15 @@ def load_model(source: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
+def cut_of(source: str | Path) -> Cut | None:
+    """What every layer keeps, of a folder that only FedSpine can read; None of any other.
+
+    Errors: `ModelError` when fedspine.json cannot be read.
+    """
+    path = Path(source) / FILE
+    return _read(path) if path.is_file() else None
+
+
 def _load_stock(source: str) -> PreTrainedModel:
     settings = _settings(source)
     architecture = next(iter(settings.architectures or ()), None)

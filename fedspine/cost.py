@@ -53,6 +53,8 @@ class Workload:
     """Of a frozen weight."""
     activation_bytes: float = FLOAT_BYTES
     """Of a value that is kept for the backward pass."""
+    prefix: int = 0
+    """Keys and values of every layer that no token computes: attention sees them too."""
 
     def iteration_flops(self, counts: tuple[tuple[float, float], ...], rank: int | tuple[int, ...]) -> float:
         """Training FLOPs of one local iteration.
@@ -78,7 +80,7 @@ class Workload:
         adapters = 0.0
         for heads, channels in counts:
             base += 2 * tokens * (heads * shape.head_weights + channels * shape.channel_weights)
-            base += 4 * tokens * self.length * heads * shape.head_dim
+            base += 4 * tokens * (self.length + self.prefix) * heads * shape.head_dim
         ranks = rank if isinstance(rank, tuple) else (rank,) * len(shape.modules)
         for module, components in zip(shape.modules, ranks, strict=True):
             heads, channels = counts[module.layer]
@@ -196,7 +198,7 @@ class Workload:
         shape = self.shape
         kept = heads * shape.head_parameters + channels * shape.channel_parameters
         keep = kept * shape.layers / shape.prunable_parameters
-        return shape.hidden * (5 + 12 * keep) + 2 * heads * shape.queries * self.length
+        return shape.hidden * (5 + 12 * keep) + 2 * heads * shape.queries * (self.length + self.prefix)
 
     @cached_property
     def _flops_terms(self) -> tuple[float, float, float, float]:

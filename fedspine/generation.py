@@ -14,9 +14,9 @@ from fedspine.data.language import prompt_ids
 from fedspine.data.prepared import PreparedData
 from fedspine.errors import ConfigError, DataError
 from fedspine.federation import Evaluation, ServerState
-from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_tokenizer
 from fedspine.structure import Structure
+from fedspine.training import Learner
 from fedspine.types import Arrays, RoundRecord
 from fedspine.workbench import Workbench
 
@@ -67,12 +67,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def generate(resident: ResidentModel, tokenizer: Any, prompts: Sequence[list[int]], most_tokens: int) -> list[str]:
+def generate(learner: Learner, tokenizer: Any, prompts: Sequence[list[int]], most_tokens: int) -> list[str]:
     """Greedy answers of the mounted model to prompts of token ids, one at a time, with a cache of keys and values."""
-    model: Any = resident.model
+    model: Any = learner.model
     found = []
     for ids in prompts:
-        given = torch.tensor([ids], device=resident.device)
+        given = torch.tensor([ids], device=learner.device)
         with torch.inference_mode():
             tokens = model.generate(
                 input_ids=given,

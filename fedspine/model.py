@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedspine.config import RunConfig
 from fedspine.errors import ModelError
+from fedspine.pruning.depth import kept_layers, with_layers
 from fedspine.pruning.families import decoders, describe, family_of
 from fedspine.structure import ModelShape
 
@@ -95,12 +96,14 @@ def load_base(config: RunConfig, classes: int, pad_id: int | None = None) -> tup
     return model.eval(), settings.model_type
 
 
-def model_shape(config: RunConfig, classes: int) -> ModelShape:
-    """The counts of the configured model; no weights are read.
+def model_shape(config: RunConfig, classes: int, dropped: float = 0.0) -> ModelShape:
+    """The counts of the configured model, without this share of its layers; no weights are read.
 
-    Errors: `ModelError` when it cannot be found, or is of an unknown family.
+    Errors: `ModelError` when it cannot be found, is of an unknown family, or has too few layers.
     """
     settings = _settings(config, classes, None)
+    if dropped:
+        settings = with_layers(settings, kept_layers(settings.num_hidden_layers, dropped))
     with torch.device("meta"):
         model = _automatic(config).from_config(settings)
     return describe(model, settings.model_type, config.lora_targets)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from fedspine.data.encode import IGNORED, Batch
@@ -13,6 +14,20 @@ from fedspine.lora.adapters import HEAD
 from fedspine.lora.resident import ResidentModel
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
+
+
+class Learner(Protocol):
+    """A model, where it is, and what is trained of it, by name."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]: ...
+
+
+AnyLearner = TypeVar("AnyLearner", bound=Learner)
 
 
 def tensors(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
@@ -26,34 +41,34 @@ def tensors(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def predictions(resident: ResidentModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def predictions(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [n, classes], what is right [n]): of rows, or of tokens, some of which may be `IGNORED`.
 
     A language model's head computes only those positions whose next token is learned in some row.
     """
-    inputs, labels = tensors(batch, resident.device), torch.from_numpy(batch.labels).to(resident.device)
+    inputs, labels = tensors(batch, learner.device), torch.from_numpy(batch.labels).to(learner.device)
     if labels.ndim == 1:
-        return resident.model(**inputs).logits, labels
+        return learner.model(**inputs).logits, labels
     following = labels[:, 1:]
     columns = (following != IGNORED).any(0).nonzero().flatten()
-    logits = resident.model(**inputs, logits_to_keep=columns).logits
+    logits = learner.model(**inputs, logits_to_keep=columns).logits
     return logits.flatten(0, 1).float(), following[:, columns].flatten()
 
 
-def batch_loss(resident: ResidentModel, batch: Batch, shift: torch.Tensor | None = None) -> torch.Tensor:
+def batch_loss(learner: Learner, batch: Batch, shift: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cross-entropy of a batch over its rows, or its learned tokens; differentiable. `shift`: added to logits."""
-    logits, labels = predictions(resident, batch)
+    logits, labels = predictions(learner, batch)
     logits = logits if shift is None else logits + shift.to(logits.device)
     return functional.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
-def evaluate(resident: ResidentModel, batches: Iterable[Batch]) -> tuple[float, float, float]:
+def evaluate(learner: Learner, batches: Iterable[Batch]) -> tuple[float, float, float]:
     """(accuracy, mean loss, share of the most predicted class) of the mounted model, over rows or learned tokens."""
     correct, loss, count = 0, 0.0, 0
     predicted: torch.Tensor | None = None
     with torch.inference_mode():
         for batch in batches:
-            logits, labels = predictions(resident, batch)
+            logits, labels = predictions(learner, batch)
             guess, known = logits.argmax(-1), labels != IGNORED
             correct += int((guess == labels).sum())
             loss += float(functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED))
@@ -75,22 +90,22 @@ class Penalty(Protocol):
         """The mounted model is about to be cut."""
 
 
-class LocalOptimizer:
-    """AdamW on the mounted adapters and head, gradients clipped; its moments survive a cut, sliced like the weights.
+class LocalOptimizer(Generic[AnyLearner]):
+    """AdamW on the adapters and the head, gradients clipped; its moments survive a cut, sliced like the weights.
 
     `penalties`: terms beside the loss.
     """
 
     def __init__(
         self,
-        resident: ResidentModel,
+        learner: AnyLearner,
         learning_rate: float,
         clip_norm: float,
         penalties: Sequence[Penalty] = (),
         adapter_rate: float | None = None,
     ) -> None:
         """`adapter_rate`: the adapters' learning rate, where it is another than the head's."""
-        self._resident = resident
+        self._learner = learner
         self._penalties = penalties
         self._learning_rate = learning_rate
         self._adapter_rate = learning_rate if adapter_rate is None else adapter_rate
@@ -101,13 +116,13 @@ class LocalOptimizer:
         """Add penalties, clip, update, and clear the gradients."""
         for penalty in self._penalties:
             penalty.add_gradients()
-        torch.nn.utils.clip_grad_norm_(list(self._resident.parameters.values()), self._clip_norm)
+        torch.nn.utils.clip_grad_norm_(list(self._learner.parameters.values()), self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def cut(self, structure: Structure) -> None:
+    def cut(self: LocalOptimizer[ResidentModel], structure: Structure) -> None:
         """Cut the mounted model; moments of what stays are kept, all at once."""
-        resident = self._resident
+        resident = self._learner
         moments = {}
         for name, parameter in resident.parameters.items():
             keep = resident.still_kept(name, structure)
@@ -128,7 +143,7 @@ class LocalOptimizer:
                 self._optimizer.state[parameter] = moments[name]
 
     def _fresh(self) -> torch.optim.Optimizer:
-        named = self._resident.parameters.items()
+        named = self._learner.parameters.items()
         heads = [parameter for name, parameter in named if name.startswith(HEAD)]
         adapters = [parameter for name, parameter in named if not name.startswith(HEAD)]
         groups = [{"params": adapters, "lr": self._adapter_rate}, {"params": heads, "lr": self._learning_rate}]
@@ -136,8 +151,8 @@ class LocalOptimizer:
 
 
 def tune(
-    resident: ResidentModel,
-    optimizer: LocalOptimizer,
+    learner: Learner,
+    optimizer: LocalOptimizer[Any],
     batches: Iterable[Batch],
     observe: Callable[[], None],
     before_step: Callable[[int], None],
@@ -154,7 +169,7 @@ def tune(
         with watch.part("cut"):
             before_step(iteration)
         with watch.part("forward"):
-            loss = batch_loss(resident, batch, shift)
+            loss = batch_loss(learner, batch, shift)
         with watch.part("backward"):
             torch.autograd.backward(loss)
             del loss  # its graph: not beside that of the next step

@@ -62,7 +62,7 @@ class ResidentModel:
             for name, value in head.state_dict().items()
         }
         _to(model, family_of(family), dtype, self.device)
-        self._heads = {prefix: _Head(head.float()) for prefix, head in heads.items()}
+        self._heads = {prefix: Head(head.float()) for prefix, head in heads.items()}
         for path, part in zip(paths, self._heads.values(), strict=True):
             model.set_submodule(path, part)
         self.projections: list[ModuleShape] = projections(model, family)
@@ -80,7 +80,7 @@ class ResidentModel:
             parameter.requires_grad_(False)
         _keep_first_token(model, family)
         if checkpointing:
-            _checkpoint_layers(model, family)
+            checkpoint_layers(model, family)
         self._modules = {module.name: module for module in self.shape.modules}
         self.structure = self.held = Structure.full(self.shape)
         """What is mounted, and what could be: all of the base but what was given up."""
@@ -164,7 +164,7 @@ class ResidentModel:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The mounted model's tensors, not copied, by the names that they have without adapters; those are left out."""
-        wrapped = re.compile(r"\.(base_layer|module)(?=\.)")  # PEFT's layers, and `_Head`
+        wrapped = re.compile(r"\.(base_layer|module)(?=\.)")  # PEFT's layers, and `Head`
         tensors = self.model.state_dict().items()
         return {wrapped.sub("", name): tensor for name, tensor in tensors if ".lora_" not in name}
 
@@ -221,7 +221,7 @@ class ResidentModel:
         return linear
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """A module of the task head in float32: of one device, or stacked weights of several that share a batch."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -273,7 +273,7 @@ def _first_token_attention(
     return output.transpose(1, 2).flatten(2), None
 
 
-def _checkpoint_layers(model: nn.Module, model_type: str) -> None:
+def checkpoint_layers(model: nn.Module, model_type: str) -> None:
     """Gradient checkpointing, layer by layer; without gradients it changes nothing.
 
     transformers' own works in training mode only, and these models stay in evaluation mode.

@@ -52,10 +52,12 @@ Level = Any
 Point = Mapping[str, Level]
 """A level for every factor; None where the learner does not look. Of a language task also `kind`."""
 
-LEARNERS = ("none", "rag", "lora", "rag+lora")
+LEARNERS = ("none", "rag", "lora", "rag+lora", "ia3", "prompt", "prefix")
+"""The last three in scope `local` only: FedSpine federates LoRA."""
 SCOPES = ("local", "federated", "federated-then-local")
 RETRIEVERS = ("dense", "bm25")
-COMPRESSIONS = ("none", "bf16", "width:SHARE", "fedspine:SHARE")
+COMPRESSIONS = ("none", "bf16", "width:SHARE", "depth:SHARE", "fedspine:SHARE", "int8", "nf4", "ready:FOLDER")
+"""SHARE: of heads and channels (`width`, `fedspine`), or of layers (`depth`). `int8`, `nf4`: scope `local` only."""
 BUDGET_UNITS = ("steps", "samples", "seconds")
 DEFAULTS: dict[str, Level] = {
     "task": None,
@@ -69,11 +71,15 @@ DEFAULTS: dict[str, Level] = {
     "history": 4,
     "retriever": "dense",
 }
-"""Factors. `examples`: rows of a user; `budget`: of training, in steps or with a unit; `history`: items retrieved."""
+"""Factors. `examples`: rows of a user; `budget`: of training, in steps or with a unit; `history`: items retrieved;
+`rank`: of LoRA, and how many virtual tokens `prompt` and `prefix` have."""
 _IGNORED = {
     "none": ("scope", "examples", "rank", "budget", "history", "retriever"),
     "rag": ("scope", "model", "compression", "rank", "budget"),
     "lora": ("history", "retriever"),
+    "ia3": ("rank", "history", "retriever"),
+    "prompt": ("history", "retriever"),
+    "prefix": ("history", "retriever"),
 }
 """Factors that make no difference to a learner."""
 LANGUAGE = "causal-lm"
@@ -201,19 +207,24 @@ class Study:
 
 
 def canonical(point: Point) -> Point:
-    """The point with None wherever its learner does not look."""
+    """The point with None wherever its learner does not look; a ready model takes the place of `model`."""
     ignored = _IGNORED.get(point["learner"], ())
     if "kind" in point:
         ignored = tuple(factor for factor in ignored if factor not in _MODEL)
+    if str(point["compression"]).startswith("ready:"):
+        ignored = (*ignored, "model")
     return {factor: None if factor in ignored else level for factor, level in point.items()}
 
 
 def compression(level: Level) -> tuple[str, float]:
-    """(kind, share of the prunable parameters that is cut). Errors: `ConfigError` for an unknown level."""
+    """(kind, share of the prunable parameters, or of the layers, that is cut).
+
+    Errors: `ConfigError` for an unknown level.
+    """
     kind, _, share = str(level).partition(":")
-    if kind in ("none", "bf16") and not share:
+    if (kind in COMPRESSIONS and not share) or (kind == "ready" and share):
         return kind, 0.0
-    if kind in ("width", "fedspine"):
+    if kind in ("width", "depth", "fedspine"):
         try:
             ratio = float(share)
         except ValueError:

@@ -6,24 +6,28 @@ one step in the budget; or when a user has too few rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from fedspine.config import RunConfig
-from fedspine.cost import FLOAT_BYTES, Workload, workload_of
+from fedspine.cost import FLOAT_BYTES, workload_of
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import load_device
+from fedspine.errors import ConfigError, FedSpineError
 from fedspine.methods import METHODS
 from fedspine.structure import ModelShape
 from fedspine.study.design import DEFAULTS, Cell, Study, budget, compression
 from fedspine.study.retrieve import ENCODER_TOKENS
 from fedspine.study.tasks import PersonalTask
+from fedspine.study.workload import PEFT_LEARNERS, WEIGHT_BYTES, lora_rank, step_flops, workload_for
 
 MARGIN = 1.25
 """Of memory, over the formula."""
-METHOD_OF = {"none": "fedavg", "bf16": "fedavg", "width": "magnitude", "fedspine": "fedspine"}
-"""The method of a federation by compression: what cuts, if something does."""
+CUTS = {"width": "magnitude", "fedspine": "fedspine"}
+"""The method of a federation by compression, where that cuts heads and channels; `fedavg` of any other."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,17 @@ class CellPlan:
 def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     """Errors: `ConfigError`, `ModelError`, `PopulationError` for what can be used in no cell."""
     config = cell_config(study, cell)
-    shape = _shape(config, len(task.classes))
-    workload, meter = workload_for(cell, config, shape), device_meter(study.device)
     levels = cell.levels
-    learner, (kind, ratio) = str(levels["learner"]), compression(levels["compression"] or "none")
-    trained, retrieves = "lora" in learner, "rag" in learner
-    rank = int(levels["rank"] or 0)
-    reasons = []
+    learner, (kind, share) = str(levels["learner"]), compression(levels["compression"] or "none")
+    shape = _shape(config, len(task.classes), share if kind == "depth" else 0.0)
+    ratio = share if kind in CUTS else kept_sparsity(config, shape) if kind == "ready" else 0.0
+    workload, meter = workload_for(cell, config, shape), device_meter(study.device)
+    trained, retrieves = learner not in ("none", "rag"), "rag" in learner
+    rank = lora_rank(levels)
+    reasons = list(_conflicts(cell, config, shape, len(task.classes), ratio))
     steps = federated = 0
     if trained:
-        flops = workload.iteration_flops(workload.planned_counts(ratio), rank)
+        flops = step_flops(cell, workload, workload.planned_counts(ratio))
         step_seconds = meter.compute_seconds(flops, 1)
         amount, unit = budget(levels["budget"])
         steps = int(amount / {"steps": 1, "samples": config.batch_size, "seconds": step_seconds}[unit])
@@ -79,7 +84,7 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     seconds, memory = 0.0, workload.inference_bytes(ratio, rank)
     down = up = 0.0
     if trained:
-        cut_at_once = kind == "width" and not federated
+        cut_at_once = kind in ("width", "ready") and not federated
         memory = workload.planned_memory_bytes(ratio if cut_at_once else 0.0, rank)
         seconds += meter.compute_seconds((federated + local) * flops, federated + local)
         down = workload.download_bytes(0.0, rank) + workload.structure_bytes
@@ -97,35 +102,70 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     if (trained or retrieves) and not levels["examples"]:
         reasons.append(f"examples = 0: {'retrieval from an empty history' if retrieves else 'nothing to learn from'}")
     if kind == "fedspine" and trained and not federated:
-        reasons.append("FedSpine cuts in a federation: use scope = federated, or compression = width:SHARE")
+        remedy = "" if learner in PEFT_LEARNERS else "scope = federated, or "
+        reasons.append(f"FedSpine cuts in a federation: use {remedy}compression = width:SHARE")
     if shortage := task.shortage(int(levels["examples"] or 0), study.test_examples):
         reasons.append(shortage)
     estimate = Estimate(federated + local, memory, seconds, rounds * up, rounds * down, "; ".join(reasons))
     return CellPlan(cell, config, federated, local, index_seconds, estimate)
 
 
+def kept_sparsity(config: RunConfig, shape: ModelShape) -> float:
+    """Share of the prunable parameters that a model's folder was exported without; 0 where its config.json knows."""
+    from fedspine.artifact import cut_of
+
+    cut = cut_of(config.model)
+    layers = cut.layers if cut else ()
+    kept = sum(heads * shape.head_parameters + channels * shape.channel_parameters for heads, channels in layers)
+    return 1.0 - kept / shape.prunable_parameters if cut else 0.0
+
+
+def _conflicts(cell: Cell, config: RunConfig, shape: ModelShape, classes: int, cut: float) -> Iterator[str]:
+    """Levels that do not go together, with the remedy."""
+    levels = cell.levels
+    learner, (kind, _) = str(levels["learner"]), compression(levels["compression"] or "none")
+    if levels["scope"] not in (None, "local"):
+        if learner in PEFT_LEARNERS:
+            yield f"FedSpine federates LoRA: use scope = local with learner = {learner}"
+        elif kind in WEIGHT_BYTES:
+            yield f"a quantised model is tuned on its own device: use scope = local with compression = {kind}"
+        elif kind == "ready" and cut:
+            yield "a model that was cut before is tuned on its own device: use scope = local, or a whole model"
+    if learner == "prefix":
+        if cut:
+            yield "a prefix has keys and values for all heads, and some are cut: use compression = depth:SHARE"
+        if shape.family == "distilbert":
+            yield "DistilBERT takes no keys and values from outside: use learner = prompt"
+        if config.gradient_checkpointing:
+            yield "a prefix would be added twice: use gradient_checkpointing = false"
+    if learner in ("prompt", "prefix"):
+        try:
+            _shape(replace(config, max_length=config.max_length + int(levels["rank"])), classes)
+        except FedSpineError as error:
+            yield f"rank = {levels['rank']} virtual tokens beside max_length = {config.max_length}: {error}"
+
+
 def cell_config(study: Study, cell: Cell) -> RunConfig:
     """The run that a cell is, or would be in a federation."""
     levels = cell.levels
-    kind, ratio = compression(levels["compression"] or "none")
-    rank = int(levels["rank"] or 1)
-    method = METHOD_OF[kind]
+    kind, share = compression(levels["compression"] or "none")
+    rank = lora_rank(levels) or 1
+    method, model = CUTS.get(kind, "fedavg"), levels["model"] or RunConfig.model
+    if kind == "ready":
+        model = str(levels["compression"]).partition(":")[2]
+        if not Path(model).is_dir():
+            raise ConfigError(
+                f"compression = 'ready:{model}': there is no such folder; name one that `fedspine export` wrote, or "
+                "another model's"
+            )
     values: dict[str, Any] = {key: value for key, value in levels.items() if key not in (*DEFAULTS, "kind")}
     values["task"] = levels.get("kind", RunConfig.task)
     values |= {"method": method, "seed": cell.seed, "data": str(levels["task"]), "partition": "iid", "min_classes": 1}
     values |= {"devices": study.users, "sampled": study.users, "population": study.device, "eval_devices": 1}
-    values |= {"model": levels["model"] or RunConfig.model, "dtype": "bfloat16" if kind == "bf16" else "float32"}
+    values |= {"model": model, "dtype": "bfloat16" if kind == "bf16" else "float32"}
     values |= {"min_rank": rank, "max_rank": rank, "fixed_rank": rank}
-    values["target_sparsity"] = ratio if kind in ("width", "fedspine") else 0.0
+    values["target_sparsity"] = share if kind in CUTS else 0.0
     return RunConfig.from_values({**METHODS[method], **values})
-
-
-def workload_for(cell: Cell, config: RunConfig, shape: ModelShape) -> Workload:
-    """The cost formulas of a cell: in bfloat16 a frozen weight and an activation take two bytes on the device too."""
-    workload = workload_of(config, shape)
-    if cell.levels["compression"] == "bf16":
-        return replace(workload, frozen_bytes=FLOAT_BYTES / 2, activation_bytes=FLOAT_BYTES / 2)
-    return workload
 
 
 def device_meter(name: str) -> VirtualMeter:
@@ -161,12 +201,15 @@ def _index(study: Study, cell: Cell, config: RunConfig, meter: VirtualMeter) -> 
     return encoder.inference_bytes(0.0) + vectors, meter.compute_seconds(flops, batches)
 
 
-def _shape(config: RunConfig, classes: int) -> ModelShape:
-    return _shape_of(config.model, config.lora_targets, config.max_length, classes, config.task)
+def _shape(config: RunConfig, classes: int, dropped: float = 0.0) -> ModelShape:
+    return _shape_of(config.model, config.lora_targets, config.max_length, classes, config.task, dropped)
 
 
 @lru_cache(maxsize=32)
-def _shape_of(model: str, targets: tuple[str, ...], max_length: int, classes: int, task: str) -> ModelShape:
+def _shape_of(
+    model: str, targets: tuple[str, ...], max_length: int, classes: int, task: str, dropped: float = 0.0
+) -> ModelShape:
     from fedspine.model import model_shape
 
-    return model_shape(RunConfig(task=task, model=model, lora_targets=targets, max_length=max_length), classes)
+    config = RunConfig(task=task, model=model, lora_targets=targets, max_length=max_length)
+    return model_shape(config, classes, dropped)

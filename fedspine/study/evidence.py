@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 from fedspine.study.design import Cell, Level, Point, Study, budget, canonical
@@ -43,6 +44,12 @@ class Evidence:
         if factor == "budget":
             return sorted(found, key=lambda level: (budget(level)[1], budget(level)[0]))
         return sorted(found) if all(isinstance(each, (int, float)) for each in found) else found
+
+    def without(self, factor: str, levels: Sequence[Level]) -> Evidence:
+        """The same without the points at these levels."""
+        rest = copy(self)
+        rest.points = [point for point in self.points if point[factor] not in levels]
+        return rest
 
     def mean(self, **where: Level) -> Contrast | None:
         """Over all finished points with these levels; None without any."""

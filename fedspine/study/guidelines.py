@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from fedspine.study.evidence import Contrast, Evidence
 from fedspine.study.statistics import LEVEL, holm
+from fedspine.study.workload import PEFT_LEARNERS
 
 SUPPORTED, CONTRADICTED, CANNOT_TELL = "supported", "contradicted", "cannot tell"
 LEAST_SEEDS = 3
@@ -106,9 +107,9 @@ def _by_task(evidence: Evidence) -> Iterator[Claim]:
         yield from _some(SIGN, *(evidence.difference("learner", "rag", "lora", task=task) for task in tasks))
 
 
-def _others_than_lora(evidence: Evidence) -> Iterator[Claim]:
-    others = [each for each in evidence.levels("learner") if each in ("ia3", "prompt", "prefix")]
-    yield from _some(ABOVE, *(evidence.difference("learner", "lora", other) for other in others))
+def _weaker_learners(evidence: Evidence) -> Iterator[Claim]:
+    for weaker in (each for each in evidence.levels("learner") if each in PEFT_LEARNERS):
+        yield from _some(ABOVE, *(evidence.difference("learner", better, weaker) for better in ("lora", "rag")))
 
 
 def _more_is_no_better(factor: str) -> Callable[[Evidence], Iterator[Claim]]:
@@ -118,6 +119,11 @@ def _more_is_no_better(factor: str) -> Callable[[Evidence], Iterator[Claim]]:
             yield from _some(NOT_ABOVE, evidence.difference(factor, levels[-1], levels[-2]))
 
     return claims
+
+
+def _small_rank(evidence: Evidence) -> Iterator[Claim]:
+    """Of LoRA: the rank of the others is how many virtual tokens they have."""
+    return _more_is_no_better("rank")(evidence.without("learner", PEFT_LEARNERS))
 
 
 def _compressed(evidence: Evidence) -> list[str]:
@@ -157,12 +163,12 @@ GUIDELINES = (
     ),
     Guideline(
         "G5",
-        "Of the parameter methods LoRA is the one to use.",
+        "IA3, prompt and prefix tuning are weaker than LoRA and than RAG.",
         _REVIEW,
-        "lora and ia3, prompt or prefix",
-        _others_than_lora,
+        "lora or rag, and ia3, prompt or prefix",
+        _weaker_learners,
     ),
-    Guideline("G6", "A small rank suffices.", _REVIEW, "two ranks", _more_is_no_better("rank")),
+    Guideline("G6", "A small rank suffices.", _REVIEW, "two ranks", _small_rank),
     Guideline("G7", "Longer tuning does not necessarily help.", _PAPER, "two budgets", _more_is_no_better("budget")),
     Guideline(
         "G8",

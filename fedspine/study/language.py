@@ -28,7 +28,7 @@ from fedspine.study.metrics import METRICS, RESPONSES, Floats, of_answers, of_to
 from fedspine.study.retrieve import nearest, similarities
 from fedspine.study.tasks import PersonalTask, halves
 from fedspine.study.tuning import Answer
-from fedspine.training import predictions
+from fedspine.training import Learner, predictions
 from fedspine.workbench import Workbench, configure_threads
 
 SEPARATOR = "\n\n"
@@ -70,13 +70,13 @@ def text_scores(study: Study, plan: CellPlan, task: PersonalTask) -> Answer:
 
     asked = [asked_of(user) for user in range(study.users)]
 
-    def scores(bench: Workbench, user: int, _: NDArray[np.int64]) -> Floats:
+    def scores(learner: Learner, bench: Workbench, user: int, _: NDArray[np.int64]) -> Floats:
         if METRICS[study.metric].suits == RESPONSES:
             most = min(config.generate_tokens, config.max_length // 2)
-            written = generate(bench.resident, tokenizer, asked[user].prompts, most)
+            written = generate(learner, tokenizer, asked[user].prompts, most)
             wanted = task.of_user(user, 0, study.test_examples)[1]["text_pair"].tolist()
             return of_answers(study.metric, written, wanted)
-        return of_tokens(study.metric, *token_sums(bench, asked[user].encoded()))
+        return of_tokens(study.metric, *token_sums(learner, bench, asked[user].encoded()))
 
     return scores
 
@@ -123,14 +123,14 @@ def ask(
     return Asked(prompts, [answer[: max_length - room] for answer in answers])
 
 
-def token_sums(bench: Workbench, rows: Encoded) -> tuple[Floats, Floats, Floats]:
-    """Of the mounted model, [rows] each: sum of the losses, number of right tokens, and of tokens that are learned."""
+def token_sums(learner: Learner, bench: Workbench, rows: Encoded) -> tuple[Floats, Floats, Floats]:
+    """Of a model, [rows] each: sum of the losses, number of right tokens, and of tokens that are learned."""
     order = np.argsort(rows.lengths, kind="stable")
     sums = np.zeros((3, len(rows)))
     done = 0
     with torch.inference_mode():
         for batch in bench.evaluation_batches(rows.take(order)):  # which are in this order: it is by length already
-            logits, labels = predictions(bench.resident, batch)
+            logits, labels = predictions(learner, batch)
             losses = functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED).double()
             known = labels != IGNORED
             now = order[done : done + len(batch.input_ids)]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.data.prepared import PreparedData, shared
+from fedspine.study.base import loadable
 from fedspine.study.design import Study
 from fedspine.study.estimate import CellPlan
 from fedspine.study.language import text_scores
@@ -24,11 +25,11 @@ def run_cell(study: Study, plan: CellPlan, task: PersonalTask, work: Path) -> di
     `work`: a directory that may be used, and is left away.
     Errors: subclasses of `FedSpineError`.
     """
-    levels, config = plan.cell.levels, plan.config
+    levels = plan.cell.levels
     data, tests = task.data(int(levels["examples"] or 0), study.test_examples)
     if task.language:
-        with shared(data, config.to_json()):
-            trace, found = tuned(study, plan, tests, work, text_scores(study, plan, task))
+        with loadable(plan, len(data.classes)) as runs, shared(data, runs.config.to_json()):
+            trace, found = tuned(study, runs, tests, work, text_scores(study, runs, task))
     else:
         trace, answers = _classified(study, plan, data, tests, work)
         labels = [data.test.labels[rows] for rows in tests]
@@ -53,8 +54,8 @@ def _classified(
     votes = [_votes(study, plan, data, *who) for who in enumerate(tests)] if "rag" in learner else None
     if learner == "rag":
         return [start_point(plan)], [votes or []]
-    with shared(data, plan.config.to_json()):
-        trace, answers = tuned(study, plan, tests, work, class_shares)
+    with loadable(plan, len(data.classes)) as runs, shared(data, runs.config.to_json()):
+        trace, answers = tuned(study, runs, tests, work, class_shares)
     if votes:
         answers = [[(mine + found) / 2 for mine, found in zip(point, votes, strict=True)] for point in answers]
     return trace, answers

@@ -20,6 +20,7 @@ from fedspine.report.records import write_atomically
 from fedspine.study.design import Study, load_study
 from fedspine.study.estimate import CellPlan, plan_cell
 from fedspine.study.metrics import check_metric
+from fedspine.study.quantise import check_quantiser
 from fedspine.study.retrieve import check_retriever
 from fedspine.study.tasks import PersonalTask, personal_task
 
@@ -45,6 +46,7 @@ def plan_study(study: Study) -> list[CellPlan]:
         task.check_held_out(study.test_examples)
         if cell.levels["retriever"]:
             check_retriever(str(cell.levels["retriever"]))
+        check_quantiser(cell.levels["compression"] or "none")
         plans.append(plan_cell(study, cell, task))
     return plans
 

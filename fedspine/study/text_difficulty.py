@@ -44,7 +44,7 @@ def measure_text(
     for history in histories:
         responses = history["text_pair"].tolist() if task.has_responses else None
         asked = ask(tokenizer, history["text"].tolist(), responses, [[]] * len(history), config.max_length)
-        losses, _, _ = token_sums(bench, asked.encoded())
+        losses, _, _ = token_sums(bench.resident, bench, asked.encoded())
         shares.append(losses.sum() / unigram_loss(asked.answers, bench.shape.vocabulary))
         if len(history) > HISTORY:
             found.append(_found(task, history, retriever, encoder))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,21 @@ from fedspine.pruning.importance import MagnitudeScorer
 from fedspine.pruning.select import select
 from fedspine.simulation import simulate
 from fedspine.stopwatch import Stopwatch
-from fedspine.structure import Structure
+from fedspine.study.base import start_structure
 from fedspine.study.design import Study, compression
-from fedspine.study.estimate import CellPlan, device_meter, workload_for
+from fedspine.study.estimate import CellPlan, device_meter
+from fedspine.study.peft_learners import PeftLearner, is_peft
 from fedspine.study.retrieve import Floats
-from fedspine.training import LocalOptimizer, predictions, tune
+from fedspine.study.workload import step_flops, workload_for
+from fedspine.training import Learner, LocalOptimizer, predictions, tune
 from fedspine.workbench import Workbench, workbench
 
 Trace = list[dict[str, Any]]
 """A learning curve: what it has cost a device so far, and the value. `energy_joules` is None: nothing measures it."""
 Answers = list[list[Floats]]
 """For the last points of a trace: what `Answer` gives for every user's held-out rows."""
-Answer = Callable[[Workbench, int, NDArray[np.int64]], Floats]
-"""Of the mounted model, a user and the user's rows of the test set: class shares [rows, classes], or scores [rows]."""
+Answer = Callable[[Learner, Workbench, int, NDArray[np.int64]], Floats]
+"""Of a model, a user and the user's rows of the test set: class shares [rows, classes], or scores [rows]."""
 
 
 def start_point(plan: CellPlan) -> dict[str, Any]:
@@ -61,7 +64,8 @@ def tuned(
     if plan.federated_steps:
         trace, state = _federated(study, plan, work)
     bench = workbench(plan.config.to_json())
-    users = [_of_user(study, plan, bench, state, answer, *who) for who in enumerate(tests)]
+    begin = _peft(plan, bench) if is_peft(plan.cell.levels) else partial(_mounted, plan, bench, state)
+    users = [_of_user(study, plan, bench, begin(user), answer, user, rows) for user, rows in enumerate(tests)]
     meter, before = device_meter(study.device), trace[-1]
     points = [steps for steps, _ in users[0][1]]
     for steps in points if plan.local_steps else ():
@@ -93,46 +97,64 @@ def _federated(study: Study, plan: CellPlan, work: Path) -> tuple[Trace, ServerS
     return trace, state
 
 
+def _mounted(plan: CellPlan, bench: Workbench, state: ServerState | None, user: int) -> tuple[Learner, float]:
+    """(the resident model as it is before the user's local part, FLOPs of a local step)."""
+    resident, rank = bench.resident, plan.config.max_rank
+    levels = plan.cell.levels
+    structure, arrays = start_structure(levels, bench.shape), bench.start
+    if state is not None:
+        structure, arrays = state.structures.get(user, structure), state.averaged
+    resident.mount(structure, narrow(arrays, structure, rank, bench.shape))
+    kind, ratio = compression(levels["compression"])
+    if kind == "width" and state is None:
+        structure = select(structure, MagnitudeScorer(resident).scores(), ratio, bench.shape)
+        resident.mount(structure, narrow(arrays, structure, rank, bench.shape))
+    return resident, step_flops(plan.cell, workload_for(plan.cell, plan.config, bench.shape), structure.counts())
+
+
+def _peft(plan: CellPlan, bench: Workbench) -> Callable[[int], tuple[Learner, float]]:
+    """The same for a learner that PEFT brings: one model, which every user begins anew with."""
+    _, flops = _mounted(plan, bench, None, 0)
+    learner = PeftLearner(plan.cell.levels, plan.config, bench.resident)
+
+    def begin(_: int) -> tuple[Learner, float]:
+        learner.restart()
+        return learner, flops
+
+    return begin
+
+
 def _of_user(
     study: Study,
     plan: CellPlan,
     bench: Workbench,
-    state: ServerState | None,
+    start: tuple[Learner, float],
     answer: Answer,
     user: int,
     rows: NDArray[np.int64],
 ) -> tuple[float, list[tuple[int, Floats]]]:
     """(FLOPs of a local step, answers to the user's rows after so many steps)."""
-    config, resident, rank = plan.config, bench.resident, plan.config.max_rank
-    structure, arrays = Structure.full(bench.shape), bench.start
-    if state is not None:
-        structure, arrays = state.structures.get(user, structure), state.averaged
-    resident.mount(structure, narrow(arrays, structure, rank, bench.shape))
-    kind, ratio = compression(plan.cell.levels["compression"])
-    if kind == "width" and state is None:
-        structure = select(structure, MagnitudeScorer(resident).scores(), ratio, bench.shape)
-        resident.mount(structure, narrow(arrays, structure, rank, bench.shape))
-    flops = workload_for(plan.cell, config, bench.shape).iteration_flops(structure.counts(), rank)
+    config, (learner, flops) = plan.config, start
     if not plan.local_steps:
-        return flops, [(0, answer(bench, user, rows))]
-    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
+        return flops, [(0, answer(learner, bench, user, rows))]
+    optimizer = LocalOptimizer(learner, config.learning_rate, config.clip_norm)
     batches = bench.training_batches(user, config.rounds + 1, plan.local_steps)
     done, found = 0, []
     for point in range(1, study.evaluations + 1):
         until = max(1, plan.local_steps * point // study.evaluations)
-        tune(resident, optimizer, islice(batches, until - done), _nothing, _nothing, Stopwatch())
+        tune(learner, optimizer, islice(batches, until - done), _nothing, _nothing, Stopwatch())
         done = until
-        found.append((done, answer(bench, user, rows)))
+        found.append((done, answer(learner, bench, user, rows)))
     return flops, found
 
 
-def class_shares(bench: Workbench, _: int, rows: NDArray[np.int64]) -> Floats:
+def class_shares(learner: Learner, bench: Workbench, _: int, rows: NDArray[np.int64]) -> Floats:
     """Class probabilities [rows, classes] of the mounted model."""
     encoded = replace(bench.test.take(rows), labels=np.arange(len(rows)))
     shares = np.zeros((len(rows), len(bench.data.classes)))
     with torch.inference_mode():
         for batch in bench.evaluation_batches(encoded):
-            logits, which = predictions(bench.resident, batch)
+            logits, which = predictions(learner, batch)
             shares[which.numpy()] = logits.double().softmax(-1).numpy()
     return shares
 

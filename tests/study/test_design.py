@@ -88,7 +88,11 @@ def test_cells_keep_their_names_when_a_study_grows(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "line", "message"),
     [
-        ("[vary]", 'learner = ["lorra"]', "learner: 'lorra' must be one of none, rag, lora, rag+lora (did you mean"),
+        (
+            "[vary]",
+            'learner = ["lorra"]',
+            "learner: 'lorra' must be one of none, rag, lora, rag+lora, ia3, prompt, prefix (did you mean",
+        ),
         ("[vary]", 'compression = ["int3"]', "compression = 'int3': must be one of none, bf16, width:SHARE"),
         ("[fixed]", 'compression = "width:1.5"', "the share must be a number above 0 and at most 0.95"),
         ("[fixed]", 'budget = "3 days"', "the unit of budget: 'days' must be one of steps, samples, seconds"),

@@ -91,6 +91,10 @@ def test_fewer_than_three_seeds_tell_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "vary", "supported", "contradicted"),
     [
+        ("G5", {"learner": ("lora", "rag", "ia3", "prefix")}, lambda x: 0.8 if x["learner"] in ("lora", "rag") else 0.5,
+         lambda x: 0.8 if x["learner"] != "rag" else 0.5),
+        ("G6", {"rank": (2, 8), "learner": ("lora", "prompt")},
+         lambda x: 0.4 + 0.05 * x["rank"] if x["learner"] == "prompt" else 0.5, lambda x: 0.4 + 0.05 * x["rank"]),
         ("G6", {"rank": (2, 8)}, lambda x: 0.7, lambda x: 0.4 + 0.05 * x["rank"]),
         ("G7", {"budget": (10, "800 steps", 40)}, lambda x: 0.7, lambda x: 0.3 if x["budget"] == 40 else 0.7),
         ("G10", {"compression": ("none", "width:0.5")}, lambda x: 0.9 if x["compression"] == "none" else 0.5,

@@ -79,7 +79,7 @@ def write_texts(path: Path, responses: bool = False) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    write_model(folder / "model", family="llama", language=True, positions=64)
+    write_model(folder / "model", family="llama", language=True, max_position_embeddings=64)
     write_texts(folder / "texts.jsonl")
     write_texts(folder / "pairs.jsonl", responses=True)
     (folder / "board.toml").write_text(DEVICE.format(16))
@@ -310,7 +310,9 @@ def test_recommendations_for_texts(folder: Path, tmp_path: Path) -> None:
 
 def write_copying_model(folder: Path) -> None:
     """The tiny Llama, trained to say the word again that it has read after every other word before."""
-    tokenizer = load_tokenizer(RunConfig(model=str(write_model(folder, family="llama", language=True, positions=64))))
+    tokenizer = load_tokenizer(
+        RunConfig(model=str(write_model(folder, family="llama", language=True, max_position_embeddings=64)))
+    )
     model = AutoModelForCausalLM.from_pretrained(folder)
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
