@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fedspine.errors import ConfigError
+from fedspine.perturbation import parse_perturbation
 
 if TYPE_CHECKING:
     from fedspine.config import RunConfig
@@ -47,6 +48,7 @@ def check_together(config: RunConfig) -> None:
                     f"{key} = {getattr(config, key)!r}: with {name} = {getattr(config, name)!r} it must be {values}; "
                     f"or leave {name} at {without[0]!r}"
                 )
+    parse_perturbation(config.perturbation)
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
 
@@ -57,6 +59,8 @@ def check_deployable(config: RunConfig) -> None:
         raise ConfigError(
             f"close_at = {config.close_at:g}: a deployment waits for all replies so far; use close_at = 1"
         )
+    if config.perturbation != "none":
+        raise ConfigError(f"perturbation = '{config.perturbation}': devices are real here; use perturbation = 'none'")
     for key, stateless in (("fold", "none"), ("trained_factors", "both")):
         value = getattr(config, key)
         if value in ("all", "residual", "local-b"):

@@ -22,6 +22,9 @@
     partition = "column:domain"
     label_column = "intent"
 
+`perturbation`, a key of a run (fedspine/perturbation.py), makes a good factor: the report then compares every cell with
+its twin at "none". On the user's own device nobody drops out and no link matters: such a cell is its twin.
+
 A point is a level for every factor. Points that differ only where their learner does not look are one cell: `rag` has
 no rank. So a cell is run once, and compared wherever it stands.
 """
@@ -39,6 +42,7 @@ from typing import Any
 
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError, FedSpineError
+from fedspine.perturbation import parse_perturbation
 from fedspine.study.persona import PERSONAS
 from fedspine.toml_file import read_toml
 
@@ -66,8 +70,8 @@ DEFAULTS: dict[str, Level] = {
 }
 """Factors. `examples`: rows of a user; `budget`: of training, in steps or with a unit; `history`: items retrieved."""
 _IGNORED = {
-    "none": ("scope", "examples", "rank", "budget", "history", "retriever"),
-    "rag": ("scope", "model", "compression", "rank", "budget"),
+    "none": ("scope", "examples", "rank", "budget", "history", "retriever", "perturbation"),
+    "rag": ("scope", "model", "compression", "rank", "budget", "perturbation"),
     "lora": ("history", "retriever"),
 }
 """Factors that make no difference to a learner."""
@@ -189,9 +193,13 @@ class Study:
 
 
 def canonical(point: Point) -> Point:
-    """The point with None wherever its learner does not look."""
+    """The point with None wherever its learner does not look, and no perturbation of what its scope does not have."""
     ignored = _IGNORED.get(point["learner"], ())
-    return {factor: None if factor in ignored else level for factor, level in point.items()}
+    seen = {factor: None if factor in ignored else level for factor, level in point.items()}
+    trouble = seen.get("perturbation")
+    if trouble and seen["scope"] == "local" and parse_perturbation(trouble).kind in ("dropout", "link"):
+        seen["perturbation"] = "none"
+    return seen
 
 
 def compression(level: Level) -> tuple[str, float]:

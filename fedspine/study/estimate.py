@@ -11,10 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 from fedspine.config import RunConfig
+from fedspine.controller.schedule import floor_ratio
 from fedspine.cost import FLOAT_BYTES, Workload, workload_of
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import load_device
 from fedspine.methods import METHODS
+from fedspine.perturbation import UNPERTURBED, Perturbation, parse_perturbation
 from fedspine.structure import ModelShape
 from fedspine.study.design import DEFAULTS, Cell, Study, budget, compression
 from fedspine.study.tasks import PersonalTask
@@ -57,8 +59,9 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     """Errors: `ConfigError`, `ModelError`, `PopulationError` for what can be used in no cell."""
     config = cell_config(study, cell)
     shape = _shape(config, len(task.classes))
-    workload, meter = workload_for(cell, config, shape), device_meter(study.device)
     levels = cell.levels
+    trouble = perturbation_of(cell)
+    workload, meter = workload_for(cell, config, shape), device_meter(study.device, trouble)
     learner, (kind, ratio) = str(levels["learner"]), compression(levels["compression"] or "none")
     trained, retrieves = "lora" in learner, "rag" in learner
     rank = int(levels["rank"] or 0)
@@ -66,19 +69,24 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     steps = federated = 0
     if trained:
         flops = workload.iteration_flops(workload.planned_counts(ratio), rank)
-        step_seconds = meter.compute_seconds(flops, 1)
+        step_seconds = device_meter(study.device).compute_seconds(flops, 1)  # what goes wrong is not planned
         amount, unit = budget(levels["budget"])
         steps = int(amount / {"steps": 1, "samples": config.batch_size, "seconds": step_seconds}[unit])
         if steps < 1:
             reasons.append(f"one step takes {step_seconds:.3g} s here, more than budget = {levels['budget']}")
         federated = {"local": 0, "federated": steps}.get(str(levels["scope"]), steps // 2)
+    cut_at_once = kind == "width" and not federated
+    if trained and trouble.kind == "memory":  # from the middle on; what does not fit then ends there
+        by_then = floor_ratio(config, 1 + config.rounds // 2) if levels["scope"] == "federated" else ratio
+        if MARGIN * workload.planned_memory_bytes(by_then, rank) > trouble.share * meter.state.memory_bytes:
+            steps = max(1, steps // 2)
+            federated = min(federated, steps)
     config, rounds = _with_rounds(config, federated, study.evaluations)
     federated = rounds * config.local_iterations
     local = 0 if levels["scope"] == "federated" else steps - federated
     seconds, memory = 0.0, workload.inference_bytes(ratio, rank)
     down = up = 0.0
     if trained:
-        cut_at_once = kind == "width" and not federated
         memory = workload.planned_memory_bytes(ratio if cut_at_once else 0.0, rank)
         seconds += meter.compute_seconds((federated + local) * flops, federated + local)
         down = workload.download_bytes(0.0, rank) + workload.structure_bytes
@@ -108,7 +116,11 @@ def cell_config(study: Study, cell: Cell) -> RunConfig:
     kind, ratio = compression(levels["compression"] or "none")
     rank = int(levels["rank"] or 1)
     method = METHOD_OF[kind]
-    values: dict[str, Any] = {key: value for key, value in levels.items() if key not in DEFAULTS}
+    values: dict[str, Any] = {key: value for key, value in levels.items() if key not in DEFAULTS and value is not None}
+    if values.get("perturbation", "none") != "none":
+        values.setdefault("quorum", 0.0)  # what is lost counts, and ends nothing
+        if parse_perturbation(values["perturbation"]).kind == "memory":
+            values["perturbation"] = "none"  # `plan_cell` has seen to it
     values |= {"method": method, "seed": cell.seed, "data": str(levels["task"]), "partition": "iid", "min_classes": 1}
     values |= {"devices": study.users, "sampled": study.users, "population": study.device, "eval_devices": 1}
     values |= {"model": levels["model"] or RunConfig.model, "dtype": "bfloat16" if kind == "bf16" else "float32"}
@@ -125,9 +137,14 @@ def workload_for(cell: Cell, config: RunConfig, shape: ModelShape) -> Workload:
     return workload
 
 
-def device_meter(name: str) -> VirtualMeter:
-    """The clock and the memory of the study's device. Errors: `PopulationError`."""
-    return VirtualMeter(device_state(load_device(name), 0, 0, 1))
+def device_meter(name: str, trouble: Perturbation = UNPERTURBED) -> VirtualMeter:
+    """The clock and the memory of the study's device, of those hit by a perturbation. Errors: `PopulationError`."""
+    return VirtualMeter(device_state(replace(load_device(name), perturbation=trouble), 0, 0, 1))
+
+
+def perturbation_of(cell: Cell) -> Perturbation:
+    """What goes wrong in a cell."""
+    return parse_perturbation(cell.levels.get("perturbation") or "none")
 
 
 def model_parameters(model: str, classes: int) -> int:

@@ -25,7 +25,7 @@ from fedspine.simulation import simulate
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.study.design import Study, compression
-from fedspine.study.estimate import CellPlan, device_meter, workload_for
+from fedspine.study.estimate import CellPlan, device_meter, perturbation_of, workload_for
 from fedspine.study.retrieve import Floats
 from fedspine.training import LocalOptimizer, predictions, tune
 from fedspine.workbench import Workbench, workbench
@@ -57,7 +57,7 @@ def tuned(study: Study, plan: CellPlan, tests: tuple[NDArray[np.int64], ...], wo
         trace, state = _federated(study, plan, work)
     bench = workbench(plan.config.to_json())
     users = [_of_user(study, plan, bench, state, *who) for who in enumerate(tests)]
-    meter, before = device_meter(study.device), trace[-1]
+    meter, before = device_meter(study.device, perturbation_of(plan.cell)), trace[-1]
     points = [steps for steps, _ in users[0][1]]
     for steps in points if plan.local_steps else ():
         seconds = meter.compute_seconds(steps * max(flops for flops, _ in users), steps)

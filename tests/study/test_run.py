@@ -157,3 +157,30 @@ def test_bm25_finds_the_item_with_the_rare_word() -> None:
     assert scores[0].argmax() == 1
     assert scores[0, 1] > 0
     assert not scores[1].any()
+
+
+def test_perturbed_cells_are_held_against_their_twins(tmp_path: Path) -> None:
+    levels = '["none", "dropout:0.4", "slowdown:0.4x4", "link:0.25", "memory:0.5"]'
+    path = write_study(tmp_path, f'scope = ["local", "federated"]\nbudget = [8]\nperturbation = {levels}')
+    path.write_text(path.read_text().replace("seeds = 2", "seeds = 1"))
+    study = load_study(path)
+    plans = {(p.cell.levels["scope"], p.cell.levels["perturbation"]): p.estimate for p in plan_study(study)}
+    assert len(plans) == 8  # nobody drops out at home, and there is no link
+    tight = 1.25 * plans["federated", "none"].memory_bytes / 1e6 + 0.001
+    (tmp_path / "board.toml").write_text(DEVICE.format(tight))
+    plans = {(p.cell.levels["scope"], p.cell.levels["perturbation"]): p.estimate for p in plan_study(study)}
+    assert [plans["federated", level].steps for level in ("none", "slowdown:0.4x4", "memory:0.5")] == [8, 8, 4]
+    report = json.loads((report_study(path, run_study(path, tmp_path / "out")) / "report.json").read_text())
+    found = {(r["levels"]["scope"], r["levels"]["perturbation"]): r for r in report["robustness"]}
+    assert len(found) == 6
+    for (scope, level), row in found.items():
+        estimate, clean = plans[scope, level], plans[scope, "none"]
+        assert row["seconds"]["mean"] == pytest.approx(estimate.seconds / clean.seconds - 1, rel=0.05), (scope, level)
+        assert row["value"]["seeds"] == row["seconds"]["seeds"] == 1
+        assert row["value"]["low"] <= row["value"]["mean"] <= row["value"]["high"]
+    assert found["local", "slowdown:0.4x4"]["value"]["mean"] == 0.0
+    assert found["local", "slowdown:0.4x4"]["seconds"]["mean"] == pytest.approx(3.0)
+    assert found["local", "slowdown:0.4x4"]["bytes"] is None  # nothing was sent by either
+    assert found["federated", "link:0.25"]["value"]["mean"] == 0.0
+    assert found["federated", "dropout:0.4"]["bytes"]["mean"] < 0
+    assert "Robustness" in (tmp_path / "out" / "report.md").read_text()
