@@ -1,11 +1,10 @@
-"""The memory formula of the code base (`fedspine study plan`, the virtual devices) against measured peaks.
+"""The memory formula of `fedspine study plan` against measured peaks.
 
     .venv/bin/python -m benchmarks.estimator [--out FILE.json]
 
 Random models of eight shapes, each in float32, in bfloat16 and with half of its heads and channels cut: two steps on
 random tokens of full length, one thread. A process per shape; what counts is its largest resident set (VmHWM) of the
-training, less what it had before the model was made. Allocator as in `benchmarks/memory.py`. Attention is computed in
-the open (eager), which is what the formula counts; a fused one needs less.
+training, less what it had before the model was made. Allocator as in `benchmarks/memory.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.study.design import Cell, compression
 from fedspine.study.estimate import workload_for
+from fedspine.study.memory import training_bytes
 from fedspine.training import LocalOptimizer, tune
 
 SHAPES: tuple[tuple[str, str, int, int, int, int, int], ...] = (
@@ -63,7 +63,7 @@ def measure(shape: tuple[Any, ...], level: str) -> tuple[int, float]:
     torch.manual_seed(0)
     auto = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    model = auto.from_config(settings, attn_implementation="eager").eval()
+    model = auto.from_config(settings).eval()
     resident = ResidentModel(model, family, config.lora_targets, rank, 2.0, dtype)
     full, rng = Structure.full(resident.shape), np.random.default_rng(0)
     arrays = start_adapters(resident.shape, rank, rng) | resident.head_arrays()
@@ -77,7 +77,7 @@ def measure(shape: tuple[Any, ...], level: str) -> tuple[int, float]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
     tune(resident, LocalOptimizer(resident, 1e-3, 1.0), batches, lambda: None, lambda _: None, Stopwatch())
-    estimate = workload_for(Cell({"compression": level}, 0), config, resident.shape).planned_memory_bytes(ratio, rank)
+    estimate = training_bytes(workload_for(Cell({"compression": level}, 0), config, resident.shape), ratio, rank)
     return resident_bytes("VmHWM") - before, estimate
 
 

@@ -1,4 +1,4 @@
-"""What a cell needs on the study's device, before it runs: by the cost formulas of every run, and nothing of its own.
+"""What a cell needs on the study's device, before it runs: by the cost formulas of every run, and memory by its own.
 
 A cell is infeasible when the memory formula, with a margin, exceeds what the device has; when the device cannot finish
 one step in the budget; or when a user has too few rows.
@@ -19,6 +19,7 @@ from fedspine.methods import METHODS
 from fedspine.perturbation import UNPERTURBED, Perturbation, parse_perturbation
 from fedspine.structure import ModelShape
 from fedspine.study.design import DEFAULTS, Cell, Study, budget, compression
+from fedspine.study.memory import training_bytes
 from fedspine.study.tasks import PersonalTask
 
 MARGIN = 1.25
@@ -78,7 +79,7 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     cut_at_once = kind == "width" and not federated
     if trained and trouble.kind == "memory":  # from the middle on; what does not fit then ends there
         by_then = floor_ratio(config, 1 + config.rounds // 2) if levels["scope"] == "federated" else ratio
-        if MARGIN * workload.planned_memory_bytes(by_then, rank) > trouble.share * meter.state.memory_bytes:
+        if MARGIN * training_bytes(workload, by_then, rank) > trouble.share * meter.state.memory_bytes:
             steps = max(1, steps // 2)
             federated = min(federated, steps)
     config, rounds = _with_rounds(config, federated, study.evaluations)
@@ -87,7 +88,7 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     seconds, memory = 0.0, workload.inference_bytes(ratio, rank)
     down = up = 0.0
     if trained:
-        memory = workload.planned_memory_bytes(ratio if cut_at_once else 0.0, rank)
+        memory = training_bytes(workload, ratio if cut_at_once else 0.0, rank)
         seconds += meter.compute_seconds((federated + local) * flops, federated + local)
         down = workload.download_bytes(0.0, rank) + workload.structure_bytes
         up = workload.upload_bytes(0.0, rank) + workload.structure_bytes + workload.score_bytes
@@ -100,6 +101,9 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     if MARGIN * memory > meter.state.memory_bytes:
         have = meter.state.memory_bytes / 1e6
         reasons.append(f"needs {MARGIN * memory / 1e6:.0f} MB (margin included), and {study.device} has {have:.0f} MB")
+    counted = workload_of(config, shape).planned_memory_bytes(0.0, rank)
+    if federated and meter.out_of_memory(counted):
+        reasons.append(f"in a federation it counts as {counted / 1e6:.0f} MB (fedspine/cost.py); use scope = local")
     if (trained or retrieves) and not levels["examples"]:
         reasons.append(f"examples = 0: {'retrieval from an empty history' if retrieves else 'nothing to learn from'}")
     if kind == "fedspine" and trained and not federated:
