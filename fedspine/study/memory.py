@@ -21,6 +21,16 @@ from fedspine.cost import FLOAT_BYTES, Workload
 
 def training_bytes(workload: Workload, ratio: float, rank: int) -> float:
     """Weights, adapters with gradients and two Adam moments, activations; `ratio` of heads and channels is cut."""
+    shape, tokens = workload.shape, workload.batch_size * workload.length
+    adapters = workload.adapter_bytes(ratio, rank) + 3 * workload.adapter_bytes(ratio, rank, workload.trained_share)
+    if workload.activation_bytes < FLOAT_BYTES:  # a copy to compute with
+        adapters += workload.adapter_bytes(ratio, rank) * workload.activation_bytes / FLOAT_BYTES
+    weights = workload.frozen_bytes * (shape.total_parameters - ratio * shape.prunable_parameters)
+    return weights + adapters + tokens * sum(activation_bytes(workload, ratio, rank))
+
+
+def activation_bytes(workload: Workload, ratio: float, rank: int) -> tuple[float, float]:
+    """Per token: (kept for the backward pass, of gradients on top of it)."""
     from fedspine.pruning.families import family_of
 
     shape, value = workload.shape, workload.activation_bytes
@@ -35,15 +45,11 @@ def training_bytes(workload: Workload, ratio: float, rank: int) -> float:
     norm_input = hidden * (FLOAT_BYTES if family.decoder else value)
     thin = rank * len(shape.modules) / shape.layers
     layer = value * (2 * hidden + 4 * attended + channels + thin) + 2 * norm_input + matrix
-    first_only = family.first_token is not None and not shape.vocabulary
+    first_only = family.first_token is not None
     last = value * (hidden + 2 * attended) if first_only else layer
+    kept = (shape.layers - 1) * layer + last
     if workload.gradient_checkpointing:
-        layers = shape.layers * value * hidden + layer
-    else:
-        layers = (shape.layers - 1) * layer + last
-    after = norm_input + (0 if shape.vocabulary else FLOAT_BYTES * hidden) if family.decoder else 0.0
-    gradients = max(value * (hidden + channels / 2) + matrix, 3 * FLOAT_BYTES * shape.vocabulary)
-    tokens = workload.batch_size * workload.length
-    adapters = workload.adapter_bytes(ratio, rank) + 3 * workload.adapter_bytes(ratio, rank, workload.trained_share)
-    weights = workload.frozen_bytes * (shape.total_parameters - ratio * shape.prunable_parameters)
-    return weights + adapters + tokens * (layers + after + gradients)
+        kept = shape.layers * value * hidden + layer
+    if family.decoder:  # the norm before the head, and what a classifier reads
+        kept += norm_input + (0 if shape.vocabulary else FLOAT_BYTES * hidden)
+    return kept, max(value * (hidden + channels / 2) + matrix, 3 * FLOAT_BYTES * shape.vocabulary)
