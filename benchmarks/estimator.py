@@ -1,10 +1,13 @@
-"""The memory formula of `fedspine study plan` against measured peaks.
+"""The estimates of `fedspine study plan` against what is measured: memory at its peak, seconds of a step.
 
-    .venv/bin/python -m benchmarks.estimator [--out FILE.json]
+    .venv/bin/python -m benchmarks.estimator [--time] [--only 0 4] [--out FILE.json]
 
 Random models of eight shapes, each in float32, in bfloat16 and with half of its heads and channels cut: two steps on
 random tokens of full length, one thread. A process per shape; what counts is its largest resident set (VmHWM) of the
 training, less what it had before the model was made. Allocator as in `benchmarks/memory.py`.
+
+`--time`: seconds of the fastest of four steps instead. One step calibrates, of the third shape uncut, in float32
+and in bfloat16; all others follow from it by their FLOPs. On a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from benchmarks.memory import COMMON, STEADY, resident_bytes
 from fedspine.config import RunConfig
-from fedspine.data.encode import Batch
+from fedspine.cost import Workload
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import MagnitudeScorer
 from fedspine.pruning.select import select
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
+from fedspine.study.calibrate import full_batches, step_seconds
 from fedspine.study.design import Cell, compression
 from fedspine.study.estimate import workload_for
 from fedspine.study.memory import training_bytes
@@ -51,10 +55,12 @@ COMPRESSIONS = ("none", "bf16", "width:0.5")
 TINY = ("classification", 48, 2, 2, 16, 4)
 
 
-def measure(shape: tuple[Any, ...], level: str) -> tuple[int, float]:
-    """(measured bytes, estimated bytes)."""
+CALIBRATION = SHAPES[2]
+
+
+def prepare(shape: tuple[Any, ...], level: str) -> tuple[RunConfig, ResidentModel, Workload]:
+    """A model that is ready to train, and its cost formulas."""
     family, task, hidden, layers, rows, length, rank = shape
-    before = resident_bytes("VmRSS")
     kind, ratio = compression(level)
     config = RunConfig(task=task, max_length=length, batch_size=rows, min_rank=1, max_rank=rank, fixed_rank=rank)
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
@@ -71,44 +77,71 @@ def measure(shape: tuple[Any, ...], level: str) -> tuple[int, float]:
     if ratio:
         cut = select(full, MagnitudeScorer(resident).scores(), ratio, resident.shape)
         resident.mount(cut, narrow(arrays, cut, rank, resident.shape), own=True)
-    ids = rng.integers(5, COMMON["vocab_size"], (2, rows, length))
-    labels = ids if task == "causal-lm" else rng.integers(2, size=(2, rows))
-    batches = [Batch(tokens, np.ones_like(tokens), None, right) for tokens, right in zip(ids, labels, strict=True)]
+    return config, resident, workload_for(Cell({"compression": level}, 0), config, resident.shape)
+
+
+def measure(shape: tuple[Any, ...], level: str) -> tuple[int, float]:
+    """(measured bytes, estimated bytes)."""
+    before = resident_bytes("VmRSS")
+    config, resident, workload = prepare(shape, level)
+    batches = full_batches(resident, config, 2)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
     tune(resident, LocalOptimizer(resident, 1e-3, 1.0), batches, lambda: None, lambda _: None, Stopwatch())
-    estimate = training_bytes(workload_for(Cell({"compression": level}, 0), config, resident.shape), ratio, rank)
+    estimate = training_bytes(workload, compression(level)[1], config.max_rank)
     return resident_bytes("VmHWM") - before, estimate
+
+
+def clock(shape: tuple[Any, ...], level: str) -> tuple[float, float]:
+    """(measured seconds of a step, its FLOPs)."""
+    config, resident, workload = prepare(shape, level)
+    flops = workload.iteration_flops(resident.structure.counts(), config.max_rank)
+    return step_seconds(resident, config), flops
+
+
+def of_shape(shape: tuple[Any, ...], timed: bool) -> dict[str, tuple[float, float]]:
+    """By level, in a process of its own: (measured, estimate) or (measured, FLOPs)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.estimator", "--shape", json.dumps(shape), *(["--time"] if timed else [])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({} if timed else STEADY)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return {level: (measured, figure) for level, measured, figure in map(json.loads, done.stdout.splitlines())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--time", action="store_true", help="seconds of a step instead of memory")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="of the shapes, counted from 0")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    figures = clock if options.time else measure
     if options.shape:
         torch.set_num_threads(1)
         shape = json.loads(options.shape)
         for level in COMPRESSIONS:
-            measure((shape[0], *TINY), level)  # what the libraries need
+            figures((shape[0], *TINY), level)  # what the libraries need
         for level in COMPRESSIONS:
             gc.collect()
-            print(json.dumps([level, *measure(tuple(shape), level)]), flush=True)
+            print(json.dumps([level, *figures(tuple(shape), level)]), flush=True)
         return
+    seconds_per_flop = {}
+    if options.time:
+        of_one = of_shape(CALIBRATION, timed=True)
+        seconds_per_flop = {level: seconds / flops for level, (seconds, flops) in of_one.items()}
+        seconds_per_flop["width:0.5"] = seconds_per_flop["none"]
     rows = []
-    print(f"{'family, task, hidden, layers, batch, length, rank':52s} {'':10s} {'MB':>6s} {'estimate / measured':>20s}")
-    for shape in SHAPES:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.estimator", "--shape", json.dumps(shape)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **STEADY},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        for level, measured, estimate in map(json.loads, done.stdout.splitlines()):
-            rows.append({"shape": shape, "compression": level, "bytes": measured, "estimate": estimate})
+    unit, scale = ("ms", 1e3) if options.time else ("MB", 1e-6)
+    print(f"{'family, task, hidden, layers, batch, length, rank':52s} {'':10s} {unit:>6s} {'estimate / measured':>20s}")
+    for shape in (SHAPES[index] for index in options.only) if options.only else SHAPES:
+        for level, (measured, figure) in of_shape(shape, options.time).items():
+            estimate = figure * seconds_per_flop.get(level, 1.0)
+            rows.append({"shape": shape, "compression": level, "measured": measured, "estimate": estimate})
             text = ", ".join(map(str, shape))
-            print(f"{text:52s} {level:10s} {measured / 1e6:6.0f} {estimate / measured:20.2f}", flush=True)
+            print(f"{text:52s} {level:10s} {measured * scale:6.0f} {estimate / measured:20.2f}", flush=True)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
