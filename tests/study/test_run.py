@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedspine.cli import main
 from fedspine.errors import CheckpointError
 from fedspine.study.design import load_study
 from fedspine.study.report import FILES, report_study
@@ -184,3 +185,34 @@ def test_perturbed_cells_are_held_against_their_twins(tmp_path: Path) -> None:
     assert found["federated", "link:0.25"]["value"]["mean"] == 0.0
     assert found["federated", "dropout:0.4"]["bytes"]["mean"] < 0
     assert "Robustness" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "examples = 8",
+            "examples = 0",
+            "none of the 2 cells can run; the first: examples = 0: retrieval from an empty",
+        ),
+        ("target = 0.6", 'metric = "mae"', "metric = 'mae' needs classes that are numbers, and task 'reviews' has bad"),
+        ('["rag"]', '["rags"]', "learner: 'rags' must be one of none, rag, lora"),
+        ("column:writer", "column:user", "partition = 'column:user': no such column in the data"),
+        (
+            "rank = 4",
+            'perturbation = "dropout:2"',
+            "perturbation = 'dropout:2': SHARE and SCALE must be numbers above 0",
+        ),
+    ],
+)
+def test_a_mistake_ends_with_code_2_before_anything_is_written(
+    old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, 'learner = ["rag"]')
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert main(["study", "run", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
