@@ -103,7 +103,8 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
         reasons.append(f"needs {MARGIN * memory / 1e6:.0f} MB (margin included), and {study.device} has {have:.0f} MB")
     counted = workload_of(config, shape).planned_memory_bytes(0.0, rank)
     if federated and meter.out_of_memory(counted):
-        reasons.append(f"in a federation it counts as {counted / 1e6:.0f} MB (fedspine/cost.py); use scope = local")
+        have = meter.state.memory_bytes / 1e6
+        reasons.append(f"in a federation it counts as {counted / 1e6:.0f} MB of {have:.0f} MB; use scope = local")
     if (trained or retrieves) and not levels["examples"]:
         reasons.append(f"examples = 0: {'retrieval from an empty history' if retrieves else 'nothing to learn from'}")
     if kind == "fedspine" and trained and not federated:
