@@ -9,11 +9,12 @@ import pytest
 
 import fedspine
 from fedspine.config import RunConfig
+from fedspine.config_rules import check_deployable
 from fedspine.devices.clock import DeviceState, device_state
 from fedspine.devices.population import population_of
 from fedspine.errors import ConfigError
 from fedspine.perturbation import UNPERTURBED, Perturbation, parse_perturbation
-from fedspine.types import FAILED, RoundRecord
+from fedspine.types import FAILED, TRAINED, RoundRecord
 from tests.small_run import KEYS, write_data, write_model
 
 SETTINGS = RunConfig(devices=20, sampled=5, rounds=10)
@@ -67,7 +68,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_a_run_feels_it(folders: dict[str, str], tmp_path: Path) -> None:
     def records(perturbation: str) -> tuple[RoundRecord, ...]:
-        keys = {**KEYS, **folders, "rounds": 3, "sampled": 8, "method": "fedavg", "perturbation": perturbation}
+        keys = {
+            **KEYS,
+            **folders,
+            "rounds": 2,
+            "local_iterations": 2,
+            "sampled": 8,
+            "method": "fedavg",
+            "perturbation": perturbation,
+        }
         return fedspine.simulate(out=tmp_path / perturbation.replace(":", ""), **keys).records
 
     clean, dropped, narrow = records("none"), records("dropout:0.3"), records("link:0.1")
@@ -78,3 +87,17 @@ def test_a_run_feels_it(folders: dict[str, str], tmp_path: Path) -> None:
     assert sum(r.uploaded_bytes for r in dropped) < sum(r.uploaded_bytes for r in clean)
     assert narrow[0].round_seconds > 2 * clean[0].round_seconds
     assert narrow[0].loss == clean[0].loss
+
+
+def test_pruning_goes_on_when_devices_drop_out(folders: dict[str, str], tmp_path: Path) -> None:
+    keys = {**KEYS, **folders, "sampled": 6, "perturbation": "dropout:0.5", "quorum": 0.0, "masks": "own"}
+    run = fedspine.simulate(out=tmp_path / "run", **keys)
+    outcomes = {pull.report.outcome for record in run.records for pull in record.pulls}
+    assert outcomes == {TRAINED, FAILED}
+    assert run.summary["out_of_memory"] == 0
+    assert run.summary["sparsity_prunable"] >= 0.95 * KEYS["target_sparsity"]
+
+
+def test_real_devices_are_not_perturbed() -> None:
+    with pytest.raises(ConfigError, match="devices are real here"):
+        check_deployable(RunConfig(perturbation="link:0.5"))
