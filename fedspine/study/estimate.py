@@ -77,10 +77,10 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
             reasons.append(f"one step takes {step_seconds:.3g} s here, more than budget = {levels['budget']}")
         federated = {"local": 0, "federated": steps}.get(str(levels["scope"]), steps // 2)
     cut_at_once = kind == "width" and not federated
-    if trained and trouble.kind == "memory":  # from the middle on; what does not fit then ends there
+    if trained and trouble.kind == "memory":  # it runs short half-way; what does not fit then ends there
         by_then = floor_ratio(config, 1 + config.rounds // 2) if levels["scope"] == "federated" else ratio
         if MARGIN * training_bytes(workload, by_then, rank) > trouble.share * meter.state.memory_bytes:
-            steps = max(1, steps // 2)
+            steps = steps // 2 or steps
             federated = min(federated, steps)
     config, rounds = _with_rounds(config, federated, study.evaluations)
     federated = rounds * config.local_iterations
