@@ -18,7 +18,7 @@ from fedspine.data.encode import Batch, Encoded, balanced_sample
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.logit_adjustment import logit_shift
 from fedspine.lora.adapters import narrow, nbytes, rank_of, ranks_of, widen
-from fedspine.lora.factors import BOTH, completed, known_to, of_sides, shared, trained_sides
+from fedspine.lora.factors import BOTH, completed, known_to, of_sides, on_the_wire, shared, trained_sides
 from fedspine.lora.norms import update_norm
 from fedspine.lora.proximal import Proximal
 from fedspine.lora.rank_salience import RankSalience
@@ -75,7 +75,7 @@ class Local:
             failed = replace(self.report, outcome=FAILED, message=message)
             return TrainReply(request.device, failed, request.structure, {}, None)
         start = narrow(widen(request.arrays, request.structure, bench.shape), structure, config.max_rank, bench.shape)
-        upload_arrays = of_sides(arrays, trained_sides(config.trained_factors, request.round))
+        upload_arrays = on_the_wire(of_sides(arrays, trained_sides(config.trained_factors, request.round)), config)
         upload = _traffic(upload_arrays, structure, scores, config) + FLOAT_BYTES * len(salience)
         flops += bench.workload.change_flops(request.missed_rank)
         report = replace(
@@ -170,7 +170,8 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     tail = RankTail(resident, left) if config.rank_decay < 1.0 else None
     near = Proximal(resident, config.proximal) if config.proximal else None
     penalties = [each for each in (near, tail) if each]
-    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm, penalties)
+    rate = config.adapter_learning_rate(request.action.lora_rank)
+    optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm, penalties, rate)
     scorer = SCORERS[config.importance](resident, config.seed) if measures_importance(config, request.round) else None
     salience = RankSalience(resident) if config.rank_growth > 1.0 else None
     observers = [each.observe for each in (scorer, salience) if each]

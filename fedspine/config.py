@@ -116,6 +116,10 @@ class RunConfig:
         ("q", "v", "o", "up", "down"), "projections with adapters", "q", "k", "v", "o", "gate", "up", "down"
     )
     lora_scale: float = _key(2.0, "alpha / rank, the same at every rank", min=1e-3, max=1e3)
+    adapter_rate: str = _key(
+        "equal", "learning rate of adapters: equal at all ranks, or the usual one at fixed_rank and in inverse "
+        "proportion to the rank, so that a step of AdamW moves the product B A equally far", "equal", "inverse-rank",
+    )  # fmt: skip
     min_rank: int = _key(4, "smallest LoRA rank", min=1, max=1024)
     max_rank: int = _key(16, "largest LoRA rank, and the rank of the server's adapters", min=1, max=1024)
 
@@ -124,6 +128,8 @@ class RunConfig:
         "B in odd rounds and A in even ones (RoLoRA), or both trained and A shared, B and head kept (FedSA-LoRA)",
         "both", "b", "alternate", "local-b",
     )  # fmt: skip
+
+    wire_dtype: str = _key("float32", "type of adapters and head while they travel", "float32", "float16")
 
     rank_decay: float = _key(
         1.0, "share of its rank that a device keeps when what lies beyond became smaller (HetLoRA); 1: it keeps all",
@@ -190,7 +196,7 @@ class RunConfig:
 
     # after the last round
     distill_steps: int = _key(0, "steps in which the uncut model teaches the cut one; 0: none", min=0, max=100_000)
-    distill_examples: int = _key(512, "distill_steps above 0: training texts for it, without label or owner", min=1)
+    public_examples: int = _key(0, "training rows that no device gets, but the server, to distill with", min=0)
 
     # measuring
     target_accuracy: float = _key(0.0, "smoothed accuracy whose time is reported; 0: none", min=0.0, max=1.0)
@@ -237,6 +243,10 @@ class RunConfig:
     def cuts_in(self, iterations: int) -> int:
         """Cuts in a local round: before iterations 0, K, 2K, ..., so that at least the last K iterations recover."""
         return max(1, iterations // self.prune_interval)
+
+    def adapter_learning_rate(self, rank: int) -> float:
+        """Of a device whose adapters have this rank."""
+        return self.learning_rate * (1.0 if self.adapter_rate == "equal" else self.fixed_rank / rank)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -20,6 +20,7 @@ _NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
     ("fold", ("none", "all"), {"policy": ("fixed",), "rank_decay": (1.0,)}),
     ("rank_growth", (1.0,), {"policy": ("fixed",), "trained_factors": ("both",), "rank_decay": (1.0,)}),
     ("rank_growth", (1.0,), {"aggregation": _FACTORWISE, "fold": ("none",)}),
+    ("wire_dtype", ("float32",), {"fold": ("none",)}),
     ("logit_adjustment", (0.0,), {"task": ("classification",)}),
     ("distill_steps", (0,), {"task": ("classification",), "fold": ("none",), "trained_factors": ("both", "b")}),
     ("close_at", (1.0,), {"fold": ("none",), "trained_factors": ("both", "b"), "aggregation": _UNNORMED}),
@@ -49,6 +50,11 @@ def check_together(config: RunConfig) -> None:
                     f"or leave {name} at {without[0]!r}"
                 )
     parse_perturbation(config.perturbation)
+    if config.distill_steps and not config.public_examples:
+        raise ConfigError(
+            f"distill_steps = {config.distill_steps}: the server needs texts to distill with, such as "
+            "public_examples = 512, which no device gets then"
+        )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
 

@@ -47,6 +47,8 @@ class Workload:
     """Of the adapters' values, that a device is sent."""
     head_shared: bool = True
     """Whether the task head travels."""
+    wire_bytes: float = FLOAT_BYTES
+    """Of a value of adapters and head on the wire."""
     frozen_bytes: float = FLOAT_BYTES
     """Of a frozen weight."""
     activation_bytes: float = FLOAT_BYTES
@@ -117,11 +119,11 @@ class Workload:
 
     def download_bytes(self, ratio: Number, rank: Number) -> Number:
         """Of adapters and head, to a device."""
-        return self.adapter_bytes(ratio, rank, self.download_share) - self._unshared_bytes
+        return self._on_the_wire(self.adapter_bytes(ratio, rank, self.download_share))
 
     def upload_bytes(self, ratio: Number, rank: Number) -> Number:
         """Of adapters and head, from a device."""
-        return self.adapter_bytes(ratio, rank, self.upload_share) - self._unshared_bytes
+        return self._on_the_wire(self.adapter_bytes(ratio, rank, self.upload_share))
 
     def change_bytes(self, rank: int) -> int:
         """Of a change of the frozen weights that has this rank: as factors, or as a matrix where that is smaller."""
@@ -139,9 +141,10 @@ class Workload:
         sizes = [module.d_out + module.d_in for module in self.shape.modules]
         return sum(rank * size for rank, size in zip(ranks, sizes, strict=True)) / sum(sizes)
 
-    @property
-    def _unshared_bytes(self) -> int:
-        return 0 if self.head_shared else self.shape.head_bytes
+    def _on_the_wire(self, values: Number) -> Number:
+        """From bytes in float32, head included."""
+        unshared = 0 if self.head_shared else self.shape.head_bytes
+        return self.wire_bytes / FLOAT_BYTES * (values - unshared)
 
     @property
     def structure_bytes(self) -> int:
@@ -232,4 +235,5 @@ def workload_of(config: RunConfig, shape: ModelShape) -> Workload:
         upload_share=1.0 if factors == "both" else 0.5,
         download_share=0.0 if config.fold == "all" else 0.5 if factors in ("b", "local-b") else 1.0,
         head_shared=factors != "local-b",
+        wire_bytes=FLOAT_BYTES / 2 if config.wire_dtype == "float16" else FLOAT_BYTES,
     )

@@ -55,7 +55,9 @@ def language_figures(
     config, test = bench.config, bench.data.test
     if config.generate_examples and test.pairs is not None:  # by the model that was evaluated last
         rows = np.arange(min(config.generate_examples, len(test)))
-        answers = generate(bench.resident, load_tokenizer(config), test.texts.take(rows), config.generate_tokens)
+        tokenizer = load_tokenizer(config)
+        prompts = prompt_ids(tokenizer, test.texts.take(rows))
+        answers = generate(bench.resident, tokenizer, prompts, config.generate_tokens)
         figures |= measure(answers, test.pairs.take(rows))
     return figures
 
@@ -65,11 +67,11 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def generate(resident: ResidentModel, tokenizer: Any, instructions: Sequence[str], most_tokens: int) -> list[str]:
-    """Greedy answers of the mounted model, one instruction at a time, with a cache of keys and values."""
+def generate(resident: ResidentModel, tokenizer: Any, prompts: Sequence[list[int]], most_tokens: int) -> list[str]:
+    """Greedy answers of the mounted model to prompts of token ids, one at a time, with a cache of keys and values."""
     model: Any = resident.model
     found = []
-    for ids in prompt_ids(tokenizer, list(instructions)):
+    for ids in prompts:
         given = torch.tensor([ids], device=resident.device)
         with torch.inference_mode():
             tokens = model.generate(

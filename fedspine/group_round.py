@@ -15,8 +15,9 @@ from fedspine.config import RunConfig
 from fedspine.data.encode import Batch
 from fedspine.errors import ConfigError
 from fedspine.logit_adjustment import logit_shift
+from fedspine.lora.adapters import HEAD
 from fedspine.lora.factors import trained_sides
-from fedspine.lora.group import DeviceGroup, unchanged
+from fedspine.lora.group import DeviceGroup, partly
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import FisherScorer, mask_scores
 from fedspine.stopwatch import Stopwatch
@@ -80,6 +81,9 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
             probes = [probe_batch(member, bench) for member in members]
             before = _probe_losses(resident, probes, bench.pad_id)
         parameters = list(resident.parameters.values())
+        heads = [parameter for name, parameter in resident.parameters.items() if name.startswith(HEAD)]
+        adapters = [parameter for name, parameter in resident.parameters.items() if not name.startswith(HEAD)]
+        rates = [config.adapter_learning_rate(request.action.lora_rank) / config.learning_rate for request in requests]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
         flops = np.zeros(len(members))
         steps = [request.action.steps(config.local_iterations) for request in requests]
@@ -92,7 +96,7 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
         drawn: dict[int, Batch] = {}
         for iteration in range(max(steps)):
             working = [k for k, count in enumerate(steps) if iteration < count]
-            stopped = [k for k, count in enumerate(steps) if iteration >= count]
+            goes_on = [float(iteration < count) for count in steps]
             with watch.part("cut"):
                 if scorer is not None:
                     _cut(group, scorer, requests, bench, iteration)
@@ -113,7 +117,8 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
                     scorer.observe(working)
             with watch.part("optimiser"):
                 clip_each(parameters, config.clip_norm)
-                with unchanged(parameters, stopped):
+                moves = [share * part for share, part in zip(goes_on, rates, strict=True)]
+                with partly(adapters, moves), partly(heads, goes_on):
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         with watch.part("probe batch"):

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from fedspine.data.encode import IGNORED, Batch
+from fedspine.lora.adapters import HEAD
 from fedspine.lora.resident import ResidentModel
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
@@ -81,11 +82,18 @@ class LocalOptimizer:
     """
 
     def __init__(
-        self, resident: ResidentModel, learning_rate: float, clip_norm: float, penalties: Sequence[Penalty] = ()
+        self,
+        resident: ResidentModel,
+        learning_rate: float,
+        clip_norm: float,
+        penalties: Sequence[Penalty] = (),
+        adapter_rate: float | None = None,
     ) -> None:
+        """`adapter_rate`: the adapters' learning rate, where it is another than the head's."""
         self._resident = resident
         self._penalties = penalties
         self._learning_rate = learning_rate
+        self._adapter_rate = learning_rate if adapter_rate is None else adapter_rate
         self._clip_norm = clip_norm
         self._optimizer = self._fresh()
 
@@ -120,8 +128,11 @@ class LocalOptimizer:
                 self._optimizer.state[parameter] = moments[name]
 
     def _fresh(self) -> torch.optim.Optimizer:
-        parameters = list(self._resident.parameters.values())
-        return torch.optim.AdamW(parameters, lr=self._learning_rate, weight_decay=0.0, fused=True)
+        named = self._resident.parameters.items()
+        heads = [parameter for name, parameter in named if name.startswith(HEAD)]
+        adapters = [parameter for name, parameter in named if not name.startswith(HEAD)]
+        groups = [{"params": adapters, "lr": self._adapter_rate}, {"params": heads, "lr": self._learning_rate}]
+        return torch.optim.AdamW([each for each in groups if each["params"]], weight_decay=0.0, fused=True)
 
 
 def tune(

@@ -47,10 +47,10 @@ def write_words(folder: Path, **settings: Any) -> BertTokenizerFast:
     return tokenizer
 
 
-def write_model(folder: Path, seed: int = 0, family: str = "bert", language: bool = False) -> Path:
+def write_model(folder: Path, seed: int = 0, family: str = "bert", language: bool = False, positions: int = 16) -> Path:
     """A BERT (or a model of another family, or its language model) of 2 layers with random weights; 27 words."""
     words = write_words(folder, **({"eos_token": "[SEP]"} if language else {})).get_vocab()
-    sizes = {"intermediate_size": 48, "max_position_embeddings": 16, "num_labels": 2, "pad_token_id": 0}
+    sizes = {"intermediate_size": 48, "max_position_embeddings": positions, "num_labels": 2, "pad_token_id": 0}
     settings = tiny_config(family, vocab_size=len(words), **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -245,6 +245,7 @@ def test_every_bound_is_kept(field: dataclasses.Field[Any]) -> None:
             "sampled": 1,
             "ramp_ratio": 1.0,
             "warmup_ratio": 0.0,
+            "public_examples": 1,
             **RANKS.get(field.name, {}),
         }
         assert getattr(RunConfig.from_values({**together, field.name: bound}), field.name) == bound

@@ -31,7 +31,7 @@ from tests.tiny import even_structure, random_arrays
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     base = tmp_path_factory.mktemp("parts")
     folders = {"model": str(write_model(base / "model")), "data": str(write_data(base / "data"))}
-    return {**KEYS, **folders, "distill_steps": 40, "distill_examples": 32}
+    return {**KEYS, **folders, "distill_steps": 40, "public_examples": 32}
 
 
 def test_the_divergence_is_that_of_softened_shares() -> None:
@@ -51,7 +51,7 @@ def test_texts_are_set_aside_before_the_rows_are_dealt_out(keys: dict[str, Any])
         found = find(config.to_json())
         assert found is not None
         np.testing.assert_array_equal(found.public, data.public)
-    plain = prepare(RunConfig.from_values({**keys, "distill_steps": 0}))
+    plain = prepare(RunConfig.from_values({**keys, "distill_steps": 0, "public_examples": 0}))
     assert (len(plain.public), len(np.concatenate(plain.owned))) == (0, 120)
 
 
@@ -102,6 +102,8 @@ def test_what_cannot_be_distilled_is_refused(keys: dict[str, Any], tmp_path: Pat
         match="task = 'causal-lm': with distill_steps = 5 it must be classification; or leave distill_steps at 0",
     ):
         RunConfig(task="causal-lm", distill_steps=5)
-    with pytest.raises(DataError, match=r"distill_examples = 113: .* 120 training rows .* at most 112 can be set"):
-        simulate(out=tmp_path / "run", **{**keys, "distill_examples": 113})
+    with pytest.raises(ConfigError, match="distill_steps = 5: the server needs texts to distill with"):
+        RunConfig(distill_steps=5)
+    with pytest.raises(DataError, match=r"public_examples = 113: .* 120 training rows .* at most 112 can be set"):
+        simulate(out=tmp_path / "run", **{**keys, "public_examples": 113})
     assert not (tmp_path / "run").exists()

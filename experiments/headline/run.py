@@ -43,7 +43,8 @@ from fedspine.report.comparison_tables import (  # noqa: E402
 )
 
 METHODS = (
-    "fedspine", "fedspine-paper", "loraprune", "llm-pruner", "apt", "magnitude", "random-pruning", "fedmp",
+    "fedspine", "fedspine + levers", "fedspine + levers + distilling", "fedspine-paper",
+    "loraprune", "llm-pruner", "apt", "magnitude", "random-pruning", "fedmp",
     "fedit", "ffa-lora", "rolora", "flexlora", "lora-fair", "hetlora", "fedprox", "flora", "fedex-lora", "fedsa-lora",
 )  # fmt: skip
 """The first is what all are compared with."""

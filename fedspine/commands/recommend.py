@@ -21,6 +21,7 @@ EXAMPLES = """examples:
 TASK.toml: keys of a study's [tasks.NAME], and max_length where texts are long, such as
   data = "reviews.jsonl"
   partition = "column:user"
+with task = "causal-lm" it is one of a language model, which --model has to name.
 """
 SHOWN = 5
 
@@ -80,10 +81,7 @@ def _lines(found: Recommendation) -> list[str]:
     from fedspine.study.recommend import describe
 
     hard = found.difficulty
-    lines = [
-        f"task: {hard.band} ({hard.score:.2f}): {hard.classes} classes, most common {hard.majority:.2f}, "
-        f"retrieval answers {max(0.0, hard.retrieval_gain):.2f} of the rest"
-    ]
+    lines = [f"task: {hard.band} ({hard.score:.2f}): {hard.says}"]
     if not found.options:
         lines += ["", "nothing fits:"]
         lines += [f"  {describe(_given(plan.cell.levels))}: {plan.estimate.infeasible}" for plan in found.infeasible]

@@ -25,7 +25,7 @@ def classification_task(config: RunConfig, train: pd.DataFrame, test: pd.DataFra
     text, pair = _text_columns(train, config)
     columns = (label, text, pair)
     frames = check_filled(config, "train", train, columns), check_filled(config, "evaluation", test, columns)
-    values = _class_names(frames[0][label])
+    values = class_names(frames[0][label])
     if len(values) < 2:
         raise DataError(
             f"data = '{config.data}': column '{label}' has only one class, '{values[0]}'; two or more are needed"
@@ -45,7 +45,8 @@ def classification_task(config: RunConfig, train: pd.DataFrame, test: pd.DataFra
     return TextTask(Path(config.data).name, values, done[0], done[1])
 
 
-def _class_names(labels: pd.Series) -> tuple[str, ...]:
+def class_names(labels: pd.Series) -> tuple[str, ...]:
+    """Sorted, as numbers where all are."""
     values = labels.astype(str).unique().tolist()
     if all(value.lstrip("-").isdigit() for value in values):
         return tuple(sorted(values, key=int))

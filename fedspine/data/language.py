@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +66,21 @@ def encode_language(
     of the response.
     """
     rows: list[tuple[list[int], int, int]] = []
-    """Ids, how many of them are given, and the label."""
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if responses is None:
-        for ids, label in zip(_ids(tokenizer, texts, begun=True), labels.tolist(), strict=True):
-            whole = ids + end
+        for ids, label in zip(token_ids(tokenizer, texts, begun=True), labels.tolist(), strict=True):
+            whole = ids + end_ids(tokenizer)
             starts = range(0, len(whole) - 1, max_length - 1)
             rows += [(whole[start : start + max_length], 1, label) for start in starts]
     else:
-        pairs = [_as_chat(tokenizer, *pair) for pair in zip(texts, responses, strict=True)]
-        prompts = prompt_ids(tokenizer, texts)
-        for given, answer, label in zip(
-            prompts, _ids(tokenizer, [answer for _, answer in pairs], begun=False), labels.tolist(), strict=True
-        ):
-            answer = answer if tokenizer.chat_template else answer + end
+        answers = response_ids(tokenizer, texts, responses)
+        for given, answer, label in zip(prompt_ids(tokenizer, texts), answers, labels.tolist(), strict=True):
             given = given[-max(max_length - len(answer), max_length // 2) :]
             rows.append(((given + answer)[:max_length], len(given), label))
+    return encoded_rows(rows)
+
+
+def encoded_rows(rows: Sequence[tuple[list[int], int, int]]) -> Encoded:
+    """Of token ids, how many of them are only given, and the label of every row."""
     lengths = np.array([len(ids) for ids, _, _ in rows])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     known = np.repeat([given for _, given, _ in rows], lengths)
@@ -92,7 +92,19 @@ def encode_language(
 def prompt_ids(tokenizer: Any, instructions: list[str]) -> list[list[int]]:
     """Of the instructions as the model is asked: by the tokenizer's chat template, or under plain headings."""
     asked = [prompt_text(tokenizer, instruction) for instruction in instructions]
-    return _ids(tokenizer, asked, begun=not tokenizer.chat_template)
+    return token_ids(tokenizer, asked, begun=not tokenizer.chat_template)
+
+
+def response_ids(tokenizer: Any, instructions: list[str], responses: list[str]) -> list[list[int]]:
+    """Of what the model has to answer, with what ends it."""
+    answers = [_as_chat(tokenizer, *pair)[1] for pair in zip(instructions, responses, strict=True)]
+    end = [] if tokenizer.chat_template else end_ids(tokenizer)
+    return [ids + end for ids in token_ids(tokenizer, answers, begun=False)]
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    """What ends a text: one token or none."""
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
 def prompt_text(tokenizer: Any, instruction: str) -> str:
@@ -110,7 +122,7 @@ def _as_chat(tokenizer: Any, instruction: str, response: str) -> tuple[str, str]
     return given, whole[len(given) :] if whole.startswith(given) else response + (tokenizer.eos_token or "")
 
 
-def _ids(tokenizer: Any, texts: list[str], begun: bool) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: list[str], begun: bool) -> list[list[int]]:
     """`begun`: with the token that begins a text, where the tokenizer has one, and none that ends it."""
     found: list[list[int]] = tokenizer(texts, add_special_tokens=begun, return_attention_mask=False)["input_ids"]
     return [ids[:-1] if begun and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in found]

@@ -98,15 +98,15 @@ def prepare(config: RunConfig) -> PreparedData:
 
 def _public_rows(config: RunConfig, rows: int) -> NDArray[np.int64]:
     """Errors: `DataError` when fewer rows than devices would be left."""
-    if not config.distill_steps:
+    if not config.public_examples:
         return np.empty(0, np.int64)
-    if config.distill_examples > rows - config.devices:
+    if config.public_examples > rows - config.devices:
         raise DataError(
-            f"distill_examples = {config.distill_examples}: '{config.data}' has {rows} training rows and every one of "
+            f"public_examples = {config.public_examples}: '{config.data}' has {rows} training rows and every one of "
             f"the {config.devices} devices needs one; at most {rows - config.devices} can be set aside"
         )
     rng = generator(config.seed, 0, 0, Purpose.PUBLIC_ROWS)
-    return np.sort(rng.choice(rows, config.distill_examples, replace=False))
+    return np.sort(rng.choice(rows, config.public_examples, replace=False))
 
 
 @contextmanager

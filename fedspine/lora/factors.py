@@ -9,6 +9,8 @@ average of the other gives the exact average of the products; averaging both (Fe
 
 from __future__ import annotations
 
+import numpy as np
+
 from fedspine.config import RunConfig
 from fedspine.lora.adapters import HEAD, narrow, rank_of, start_adapters
 from fedspine.randomness import Purpose, generator
@@ -31,7 +33,18 @@ def trained_sides(choice: str, round: int) -> str:
 def sent(arrays: Arrays, config: RunConfig) -> dict[str, Array]:
     """What of the global arrays a device is sent: it knows, or draws, the other factors."""
     sides = "" if config.fold == "all" else "B" if config.trained_factors == "b" else BOTH
-    return shared(of_sides(arrays, sides + FOLDED), config.trained_factors)
+    return on_the_wire(shared(of_sides(arrays, sides + FOLDED), config.trained_factors), config)
+
+
+def on_the_wire(arrays: Arrays, config: RunConfig) -> dict[str, Array]:
+    """The same, with what travels rounded to the type in which it does."""
+    travels = shared(arrays, config.trained_factors)
+    return {**arrays, **{name: array.astype(config.wire_dtype, copy=False) for name, array in travels.items()}}
+
+
+def off_the_wire(arrays: Arrays) -> dict[str, Array]:
+    """In float32, in which they are trained and averaged."""
+    return {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
 
 
 def shared(arrays: Arrays, choice: str) -> dict[str, Array]:
@@ -56,12 +69,13 @@ def known_to(request: TrainRequest, config: RunConfig, start: Arrays, shape: Mod
     return start_adapters(shape, request.action.lora_rank, rng)
 
 
-def completed(arrays: Arrays, known: Arrays, structure: Structure, shape: ModelShape) -> Arrays:
-    """A device's arrays (narrow) with what was not sent, from `known` in full coordinates."""
+def completed(arrays: Arrays, known: Arrays, structure: Structure, shape: ModelShape) -> dict[str, Array]:
+    """A device's arrays (narrow, float32) with what was not sent, from `known` in full coordinates."""
+    arrays = off_the_wire(arrays)
     if all(f"{shape.modules[0].name}.{side}" in arrays for side in BOTH):
         return arrays
     rank = rank_of(arrays, shape) or rank_of(known, shape)
-    return narrow(known, structure, rank, shape) | dict(arrays)
+    return narrow(known, structure, rank, shape) | arrays
 
 
 def restored(joined: Arrays, current: Arrays, sides: str) -> dict[str, Array]:

@@ -109,13 +109,16 @@ class DeviceGroup:
 
 
 @contextmanager
-def unchanged(parameters: Sequence[nn.Parameter], devices: Sequence[int]) -> Iterator[None]:
-    """Whatever is done to stacked parameters meanwhile, those of these devices are as before in the end."""
+def partly(parameters: Sequence[nn.Parameter], shares: Sequence[float]) -> Iterator[None]:
+    """Of whatever is done to stacked parameters meanwhile, only a share stays in the end, by device; 0: nothing."""
+    devices = [device for device, share in enumerate(shares) if share != 1.0]
     before = [parameter.detach()[devices] for parameter in parameters] if devices else []
     yield
     with torch.no_grad():
         for parameter, values in zip(parameters, before, strict=bool(devices)):
-            parameter[devices] = values
+            share = torch.tensor([shares[device] for device in devices], device=values.device)
+            share = share.view(-1, *[1] * (values.ndim - 1))
+            parameter[devices] = torch.where(share > 0, values.lerp(parameter[devices], share), values)
 
 
 def _union(structures: Sequence[Structure]) -> Structure:

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from fedspine.study.design import Point, Study
 from fedspine.study.evidence import Evidence, cell_of
+from fedspine.study.metrics import score_of
 from fedspine.study.protocols import Budget, cost_to_target, quality_under_budget, restricted_mean_seconds, slowed
 
 
@@ -39,7 +40,8 @@ def figures(study: Study, evidence: Evidence) -> Iterator[CellFigures]:
     for name in dict.fromkeys(cell_of(point) for point in evidence.points):
         traces = [result["trace"] for _, result in sorted(evidence.of_cell[name].items())]
         levels = next(iter(evidence.of_cell[name].values()))["levels"]
-        costs = [cost_to_target(trace, study.target) for trace in traces] if study.target else []
+        goal = score_of(study.metric, study.target)
+        costs = [cost_to_target(trace, goal) for trace in traces] if study.target else []
         within = {f"{longest * part:.3g} s": Budget(seconds=longest * part) for part in (0.25, 0.5, 1.0)}
         changes = [slowed(trace, Budget(seconds=longest / 2), slowdown=2.0) for trace in traces]
         yield CellFigures(

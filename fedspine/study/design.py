@@ -8,7 +8,7 @@
     interactions = [["learner", "examples"]]    # of design = "around": whose combinations run too
     evaluations = 1               # points of a learning curve
     target = 0.0                  # value whose cost is reported; 0: none
-    metric = "accuracy"           # or "mae", for classes that are numbers
+    metric = "accuracy"           # or "mae", for classes that are numbers; of texts see fedspine/study/metrics.py
     encoder = "all-MiniLM-L6-v2"  # of dense retrieval
 
     [fixed]                       # factors and any key of `fedspine keys`
@@ -21,6 +21,10 @@
     data = "clinc150"
     partition = "column:domain"
     label_column = "intent"
+
+A table with `task = "causal-lm"` is of a language model: plain texts, or instructions with responses. Whose a row is,
+says `partition`, or `user_column = "NAME"`: a user for each of the values with the most rows. `data` may be a file of
+questions of LaMP (fedspine/data/lamp.py).
 
 `perturbation`, a key of a run (fedspine/perturbation.py), makes a good factor: the report then compares every cell with
 its twin at "none". On the user's own device nobody drops out and no link matters: such a cell is its twin.
@@ -43,13 +47,14 @@ from typing import Any
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError, FedSpineError
 from fedspine.perturbation import parse_perturbation
+from fedspine.study.metrics import METRICS, score_of
 from fedspine.study.persona import PERSONAS
 from fedspine.toml_file import read_toml
 
 Level = Any
 """A text or a number, as in the file."""
 Point = Mapping[str, Level]
-"""A level for every factor; None where the learner does not look."""
+"""A level for every factor; None where the learner does not look. Of a language task also `kind`."""
 
 LEARNERS = ("none", "rag", "lora", "rag+lora")
 SCOPES = ("local", "federated", "federated-then-local")
@@ -75,9 +80,13 @@ _IGNORED = {
     "lora": ("history", "retriever"),
 }
 """Factors that make no difference to a learner."""
+LANGUAGE = "causal-lm"
+_MODEL = ("model", "compression")
+"""Factors that do make one to retrieval where a language model reads what is found."""
 TASK_KEYS = (
     *("data", "text_column", "text_pair_column", "label_column"),
-    *("partition", "dirichlet_alpha", "min_classes"),
+    *("task", "instruction_column", "context_column", "response_column"),
+    *("user_column", "partition", "dirichlet_alpha", "min_classes"),
 )
 _SET_HERE = {
     **dict.fromkeys(("devices", "sampled", "rounds", "eval_every", "eval_devices", "eval_examples", "method"), "users"),
@@ -132,7 +141,8 @@ class Study:
         if not isinstance(self.target, (int, float)) or isinstance(self.target, bool):
             raise ConfigError(f"target = {self.target!r}: must be a number, such as 0.8; 0: none")
         _one_of("design", self.design, ("full", "around"))
-        _one_of("metric", self.metric, ("accuracy", "mae"))
+        _one_of("metric", self.metric, tuple(METRICS))
+        score_of(self.metric, self.target)
         for pair in self.interactions:
             if len(set(pair)) < 2 or not set(pair) <= set(self.vary):
                 raise ConfigError(f"interactions: {list(pair)} must be factors of [vary]: {', '.join(self.vary)}")
@@ -157,6 +167,8 @@ class Study:
         for group in groups:
             for levels in itertools.product(*(self.vary[factor] for factor in group)):
                 point = {**anchor, **dict(zip(group, levels, strict=True))}
+                if self.tasks.get(point["task"], {}).get("task") == LANGUAGE:
+                    point["kind"] = LANGUAGE
                 found.setdefault(json.dumps(point, sort_keys=True), point)
         return list(found.values())
 
@@ -195,6 +207,8 @@ class Study:
 def canonical(point: Point) -> Point:
     """The point with None wherever its learner does not look, and no perturbation of what its scope does not have."""
     ignored = _IGNORED.get(point["learner"], ())
+    if "kind" in point:
+        ignored = tuple(factor for factor in ignored if factor not in _MODEL)
     seen = {factor: None if factor in ignored else level for factor, level in point.items()}
     trouble = seen.get("perturbation")
     if trouble and seen["scope"] == "local" and parse_perturbation(trouble).kind in ("dropout", "link"):
@@ -260,6 +274,9 @@ def task_keys(name: str, keys: Any, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"[tasks.{name}]: must be a table with data = FILE, FOLDER or hub name")
     for key in keys:
         _one_of(f"[tasks.{name}]", key, TASK_KEYS)
+    _one_of(f"[tasks.{name}] task", keys.get("task", RunConfig.task), (RunConfig.task, LANGUAGE))
+    if "user_column" in keys and "partition" in keys:
+        raise ConfigError(f"[tasks.{name}]: user_column and partition both say whose a row is; use one of them")
     beside = folder / keys["data"]
     return {**keys, "data": str(beside)} if beside.exists() else dict(keys)
 

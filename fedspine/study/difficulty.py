@@ -37,7 +37,46 @@ class Difficulty:
 
     @property
     def band(self) -> str:
-        return "easy" if self.score < EASY_BELOW else "hard" if self.score >= HARD_FROM else "moderate"
+        return band_of(self.score)
+
+    @property
+    def says(self) -> str:
+        return (
+            f"{self.classes} classes, most common {self.majority:.2f}, retrieval answers "
+            f"{max(0.0, self.retrieval_gain):.2f} of the rest"
+        )
+
+
+@dataclass(frozen=True)
+class TextDifficulty:
+    """Of a language model's task; see `fedspine.study.text_difficulty`."""
+
+    zero_shot: float
+    """Loss per token of the model before any tuning, as the share of that of a unigram: 0 knows all, 1 is no better."""
+    retrieval_gain: float
+    """Share of an answer's pairs of words that stand in the items found, beyond as many other items: 0 is no gain."""
+    copy_rate: float
+    """Share of an answer's pairs of words that stand in what is given or in the items found."""
+
+    @property
+    def score(self) -> float:
+        """0 to 1: the mean of what the model does not know, and of what retrieval does not find."""
+        return (min(1.0, self.zero_shot) + 1.0 - max(0.0, self.retrieval_gain)) / 2
+
+    @property
+    def band(self) -> str:
+        return band_of(self.score)
+
+    @property
+    def says(self) -> str:
+        return (
+            f"the untuned model has {self.zero_shot:.2f} of a unigram's loss, retrieval finds "
+            f"{max(0.0, self.retrieval_gain):.2f} more of an answer than chance, {self.copy_rate:.2f} can be copied"
+        )
+
+
+def band_of(score: float) -> str:
+    return "easy" if score < EASY_BELOW else "hard" if score >= HARD_FROM else "moderate"
 
 
 def measure(task: PersonalTask, examples: int, test_examples: int, retriever: str, encoder: str) -> Difficulty:

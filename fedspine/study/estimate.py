@@ -20,6 +20,7 @@ from fedspine.perturbation import UNPERTURBED, Perturbation, parse_perturbation
 from fedspine.structure import ModelShape
 from fedspine.study.design import DEFAULTS, Cell, Study, budget, compression
 from fedspine.study.memory import training_bytes
+from fedspine.study.retrieve import ENCODER_TOKENS
 from fedspine.study.tasks import PersonalTask
 
 MARGIN = 1.25
@@ -96,7 +97,8 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     index_seconds = 0.0
     if retrieves:
         index_memory, index_seconds = _index(study, cell, config, meter)
-        memory = (max(memory, workload.inference_bytes(ratio, rank)) if trained else 0.0) + index_memory
+        answers = trained or task.language
+        memory = (max(memory, workload.inference_bytes(ratio, rank)) if answers else 0.0) + index_memory
         seconds += index_seconds
     if MARGIN * memory > meter.state.memory_bytes:
         have = meter.state.memory_bytes / 1e6
@@ -121,7 +123,8 @@ def cell_config(study: Study, cell: Cell) -> RunConfig:
     kind, ratio = compression(levels["compression"] or "none")
     rank = int(levels["rank"] or 1)
     method = METHOD_OF[kind]
-    values: dict[str, Any] = {key: value for key, value in levels.items() if key not in DEFAULTS and value is not None}
+    own = {key: level for key, level in levels.items() if key not in (*DEFAULTS, "kind") and level is not None}
+    values: dict[str, Any] = {**own, "task": levels.get("kind", RunConfig.task)}
     if values.get("perturbation", "none") != "none":
         values.setdefault("quorum", 0.0)  # what is lost counts, and ends nothing
         if parse_perturbation(values["perturbation"]).kind == "memory":
@@ -152,9 +155,9 @@ def perturbation_of(cell: Cell) -> Perturbation:
     return parse_perturbation(cell.levels.get("perturbation") or "none")
 
 
-def model_parameters(model: str, classes: int) -> int:
-    """Parameters of a model with a head of so many classes. Errors: `ModelError`."""
-    return _shape_of(model, RunConfig.lora_targets, 4, classes).total_parameters
+def model_parameters(model: str, classes: int, task: str = RunConfig.task) -> int:
+    """Parameters of a model with a head of so many classes, or of a language model. Errors: `ModelError`."""
+    return _shape_of(model, RunConfig.lora_targets, 4, classes, task).total_parameters
 
 
 def _with_rounds(config: RunConfig, steps: int, evaluations: int) -> tuple[RunConfig, int]:
@@ -172,7 +175,8 @@ def _index(study: Study, cell: Cell, config: RunConfig, meter: VirtualMeter) -> 
     items = int(cell.levels["examples"])
     if cell.levels["retriever"] == "bm25":
         return 2.0 * FLOAT_BYTES * items * config.max_length, 0.0
-    encoder = workload_of(config, _shape(replace(config, model=study.encoder), 2))
+    read = replace(config, max_length=min(config.max_length, ENCODER_TOKENS))
+    encoder = workload_of(read, _shape_of(study.encoder, config.lora_targets, 4, 2, RunConfig.task))
     batches = -(-items // config.batch_size)
     flops = batches * encoder.inference_flops(encoder.planned_counts(0.0))
     vectors = float(FLOAT_BYTES * items * encoder.shape.hidden)
@@ -180,11 +184,11 @@ def _index(study: Study, cell: Cell, config: RunConfig, meter: VirtualMeter) -> 
 
 
 def _shape(config: RunConfig, classes: int) -> ModelShape:
-    return _shape_of(config.model, config.lora_targets, config.max_length, classes)
+    return _shape_of(config.model, config.lora_targets, config.max_length, classes, config.task)
 
 
 @lru_cache(maxsize=32)
-def _shape_of(model: str, targets: tuple[str, ...], max_length: int, classes: int) -> ModelShape:
+def _shape_of(model: str, targets: tuple[str, ...], max_length: int, classes: int, task: str) -> ModelShape:
     from fedspine.model import model_shape
 
-    return model_shape(RunConfig(model=model, lora_targets=targets, max_length=max_length), classes)
+    return model_shape(RunConfig(task=task, model=model, lora_targets=targets, max_length=max_length), classes)

@@ -105,7 +105,8 @@ def slowed(trace: Points, budget: Budget, slowdown: float = 1.0, memory_share: f
     if not clean:
         return None
     harder = replace(budget, seconds=budget.seconds / slowdown, memory_bytes=budget.memory_bytes * memory_share)
-    return (quality_under_budget(trace, harder).value or 0.0) / clean - 1.0
+    value = quality_under_budget(trace, harder).value
+    return -1.0 if value is None else (value / clean - 1.0) * (1 if clean > 0 else -1)
 
 
 def _relative(now: float, before: float) -> float | None:

@@ -20,8 +20,8 @@ from typing import Any
 
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError
-from fedspine.study.design import DEFAULTS, Cell, Point, Study, canonical, task_keys
-from fedspine.study.difficulty import Difficulty, measure
+from fedspine.study.design import DEFAULTS, LANGUAGE, Cell, Point, Study, canonical, task_keys
+from fedspine.study.difficulty import Difficulty, TextDifficulty, measure
 from fedspine.study.estimate import CellPlan, model_parameters, plan_cell
 from fedspine.study.persona import PERSONAS
 from fedspine.study.rules import FOUR_BIT, FOUR_BIT_BELOW, LONG, SHORT, TIERS, Context, votes
@@ -49,7 +49,9 @@ class Option:
     @property
     def levels(self) -> dict[str, Any]:
         """As they stand in a study's [fixed]."""
-        return {factor: level for factor, level in self.plan.cell.levels.items() if level is not None}
+        return {
+            factor: level for factor, level in self.plan.cell.levels.items() if level is not None and factor != "kind"
+        }
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Recommendation:
     options: tuple[Option, ...]
     """Ranked; empty when nothing fits."""
     infeasible: tuple[CellPlan, ...]
-    difficulty: Difficulty
+    difficulty: Difficulty | TextDifficulty
     notes: tuple[str, ...]
     """What would change the answer, and what was left out."""
     study: Study
@@ -69,6 +71,8 @@ class Recommendation:
         """An option as a study of one cell, which `fedspine study run` takes."""
         tables = {f"tasks.{json.dumps(name)}": keys for name, keys in self.study.tasks.items()}
         lines = [f"{key} = {json.dumps(getattr(self.study, key))}" for key in ("device", "users", "encoder")]
+        if self.study.metric != Study.metric:  # of texts, which may have one question per user
+            lines += [f"{key} = {json.dumps(getattr(self.study, key))}" for key in ("metric", "test_examples")]
         for head, keys in {"fixed": option.levels, **tables}.items():
             lines += [f"[{head}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
         return "\n".join(lines) + "\n"
@@ -118,11 +122,15 @@ def recommend(
         raise ConfigError(f"probe = {probe_minutes:g}m: must be a number of minutes, or 0 for none")
     name, tables, fixed = _task(task)
     fixed |= {"task": name, "examples": examples}
-    study = Study("recommend", device, 1, USERS, HELD_OUT, encoder=encoder, fixed=fixed, tasks=tables)
+    language = tables.get(name, {}).get("task") == LANGUAGE
+    metric = "perplexity" if language else Study.metric
+    study = Study("recommend", device, 1, USERS, HELD_OUT, metric=metric, encoder=encoder, fixed=fixed, tasks=tables)
     made = personal_task(name, tables, study.users, 0)
-    plans = [_within(hours, plan_cell(study, Cell(point, 0), made)) for point in candidates(fixed, models)]
-    sizes = {model: model_parameters(model, len(made.classes)) for model in models}
-    difficulty = measure(made, examples, HELD_OUT, "dense", study.encoder)
+    study = replace(study, test_examples=made.questions or HELD_OUT)
+    points = candidates({**fixed, "kind": LANGUAGE} if language else fixed, models)
+    plans = [_within(hours, plan_cell(study, Cell(point, 0), made)) for point in points]
+    sizes = {model: model_parameters(model, len(made.classes), made.kind) for model in models}
+    difficulty = _difficulty(study, made, plans, sizes, examples)
     found = [claim for path in evidence for claim in _findings(Path(path), examples)]
     options = ranked(plans, examples, difficulty, sizes, found)
     if probe_minutes:
@@ -130,6 +138,19 @@ def recommend(
     infeasible = tuple(plan for plan in plans if plan.estimate.infeasible)
     notes = tuple(_notes(plans, options, examples, difficulty, sizes, found))
     return Recommendation(tuple(options), infeasible, difficulty, notes, study)
+
+
+def _difficulty(
+    study: Study, task: PersonalTask, plans: Sequence[CellPlan], sizes: Mapping[str, int], examples: int
+) -> Difficulty | TextDifficulty:
+    """Of a language model's task for the smallest of the models."""
+    if not task.language:
+        return measure(task, examples, study.test_examples, "dense", study.encoder)
+    from fedspine.study.text_difficulty import measure_text
+
+    smallest = min(sizes, key=lambda model: sizes[model])
+    config = next(plan.config for plan in plans if plan.config.model == smallest and plan.config.method == "fedavg")
+    return measure_text(task, config, examples, study.test_examples, "dense", study.encoder)
 
 
 def candidates(fixed: Point, models: Sequence[str]) -> list[Point]:
@@ -149,7 +170,7 @@ def candidates(fixed: Point, models: Sequence[str]) -> list[Point]:
 def ranked(
     plans: Sequence[CellPlan],
     examples: int,
-    difficulty: Difficulty,
+    difficulty: Difficulty | TextDifficulty,
     sizes: Mapping[str, int],
     found: Sequence[Mapping[str, Any]] = (),
 ) -> list[Option]:
@@ -283,7 +304,7 @@ def _notes(
     plans: Sequence[CellPlan],
     options: Sequence[Option],
     examples: int,
-    difficulty: Difficulty,
+    difficulty: Difficulty | TextDifficulty,
     sizes: Mapping[str, int],
     found: Sequence[Mapping[str, Any]],
 ) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -20,6 +21,7 @@ from fedspine.study.design import Level, Point, Study, load_study
 from fedspine.study.estimate import CellPlan
 from fedspine.study.evidence import Contrast, Evidence
 from fedspine.study.guidelines import NOT_TESTED, Verdict, verdicts
+from fedspine.study.metrics import METRICS
 from fedspine.study.robustness import Robustness, robust
 from fedspine.study.run import check_same, default_directory, plan_study, results
 from fedspine.study.statistics import Interval
@@ -237,11 +239,12 @@ def _level(levels: Point, factor: str) -> str:
 
 def _cell_table(report: Report) -> Table:
     factors = _seen_factors(report)
-    target = report.study.target
+    target, perplexity = report.study.target, ["perplexity"] if report.study.metric == "perplexity" else []
     rows = tuple(
         (
             *(_level(cell.levels, factor) for factor in factors),
-            *(f"{cell.value:.3f}", f"{cell.seconds:.1f}", f"{cell.traffic_bytes / 1e6:.1f}"),
+            *(f"{cell.value:.3f}", *([f"{math.exp(-cell.value):.2f}"] if perplexity else [])),
+            *(f"{cell.seconds:.1f}", f"{cell.traffic_bytes / 1e6:.1f}"),
             f"{cell.memory_bytes / 1e6:.0f}",
             *("-" if value is None else f"{value:.3f}" for value in cell.within.values()),
             "-" if cell.slower is None else f"{100 * cell.slower:+.0f} %",
@@ -252,7 +255,7 @@ def _cell_table(report: Report) -> Table:
     )
     limits = [f"within {limit}" for limit in report.cells[0].within]
     goal = [f"s to {target:g}"] if target else []
-    header = (*factors, "value", "s", "MB sent", "MB memory", *limits, "half as fast", *goal, "cell")
+    header = (*factors, "value", *perplexity, "s", "MB sent", "MB memory", *limits, "half as fast", *goal, "cell")
     return Table("Cells: value, and a device's cost", header, rows)
 
 
@@ -291,7 +294,7 @@ def _summary(report: Report) -> str:
 
 
 def _metric(study: Study) -> str:
-    return "accuracy" if study.metric == "accuracy" else "minus the mean absolute error"
+    return METRICS[study.metric].says
 
 
 def _levels(plan: CellPlan) -> str:

@@ -19,6 +19,8 @@ from fedspine.errors import DataError, ModelError
 SHARPNESS = 10.0
 """An item that is half as similar as the best one weighs exp(-5) of it."""
 ENCODER_BATCH = 32
+ENCODER_TOKENS = 128
+"""Of a text, that are looked at."""
 
 Floats = NDArray[np.float64]
 
@@ -42,14 +44,19 @@ def similarities(retriever: str, queries: Sequence[str], items: Sequence[str], e
 
 def vote(similar: Floats, labels: NDArray[np.int64], classes: int, history: int) -> Floats:
     """[queries, classes]: shares of the classes among each query's `history` nearest items. Ties: the earlier item."""
-    nearest = np.argsort(-similar, axis=1, kind="stable")[:, :history]
-    found = np.take_along_axis(similar, nearest, 1)
+    found_at = nearest(similar, history)
+    found = np.take_along_axis(similar, found_at, 1)
     best = found[:, :1]
     weights = np.exp(SHARPNESS * (np.divide(found, best, out=np.ones_like(found), where=best > 0) - 1))
     votes = np.zeros((len(similar), classes))
-    np.add.at(votes, (np.arange(len(similar))[:, None], labels[nearest]), weights)
+    np.add.at(votes, (np.arange(len(similar))[:, None], labels[found_at]), weights)
     votes /= votes.sum(1, keepdims=True)
     return votes
+
+
+def nearest(similar: Floats, history: int) -> NDArray[np.int64]:
+    """[queries, at most `history`]: the items that are most alike, the best first. Ties: the earlier item."""
+    return np.argsort(-similar, axis=1, kind="stable")[:, :history]
 
 
 def embed(texts: Sequence[str], encoder: str) -> Floats:
@@ -67,7 +74,7 @@ def embed(texts: Sequence[str], encoder: str) -> Floats:
         model = AutoModel.from_pretrained(model_source(encoder), use_safetensors=True).eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"encoder '{encoder}' cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    length = min(int(model.config.max_position_embeddings), 128)
+    length = min(int(model.config.max_position_embeddings), ENCODER_TOKENS)
     rows = encode(tokenizer, list(texts), None, np.arange(len(texts)), length)
     vectors = np.zeros((len(texts), int(model.config.hidden_size)))
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedspine.study.design import Point
-from fedspine.study.difficulty import Difficulty
+from fedspine.study.difficulty import Difficulty, TextDifficulty
 
 COLD_START = 10
 """Examples up to which a user counts as new (our choice)."""
@@ -30,7 +30,7 @@ class Context:
     """What the rules look at besides a configuration."""
 
     examples: int
-    difficulty: Difficulty
+    difficulty: Difficulty | TextDifficulty
     strongest: str
     """The largest model of the candidates that fit: the stand-in for the best on general benchmarks."""
     models: int
@@ -74,8 +74,7 @@ RULES = (
     Rule("G3b", "on hard tasks LoRA on a strong model", _OURS, 0.5, "learner",
          lambda point, at: at.difficulty.band == "hard" and at.examples > COLD_START and _trains(point)),
     Rule("G4", "hard tasks need the strongest model that fits, compressed or not", _REVIEW, 1.0, "model",
-         lambda point, at: at.difficulty.band != "easy" and at.models > 1 and _trains(point)
-         and point["model"] == at.strongest),
+         lambda point, at: at.difficulty.band != "easy" and at.models > 1 and point["model"] == at.strongest),
     Rule("G6", "a small rank suffices", _REVIEW, 1.0, "how",
          lambda point, at: _trains(point) and point["rank"] <= SMALL_RANK),
     Rule("G7", "longer tuning does not necessarily help: begin with the short budget", _PAPER, 1.0, "how",

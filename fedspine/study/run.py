@@ -19,6 +19,7 @@ from fedspine.processes import Job, run_jobs
 from fedspine.report.records import write_atomically
 from fedspine.study.design import Study, load_study
 from fedspine.study.estimate import CellPlan, plan_cell
+from fedspine.study.metrics import check_metric
 from fedspine.study.retrieve import check_retriever
 from fedspine.study.tasks import PersonalTask, personal_task
 
@@ -40,8 +41,8 @@ def plan_study(study: Study) -> list[CellPlan]:
     plans = []
     for cell in study.cells():
         task = tasks[str(cell.levels["task"]), cell.seed]
-        if study.metric == "mae":
-            task.class_numbers()
+        check_metric(study.metric, task)
+        task.check_held_out(study.test_examples)
         if cell.levels["retriever"]:
             check_retriever(str(cell.levels["retriever"]))
         plans.append(plan_cell(study, cell, task))

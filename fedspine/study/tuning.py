@@ -7,6 +7,7 @@ has kept are where a local part begins, or what is measured. Local steps are tho
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,9 @@ from fedspine.workbench import Workbench, workbench
 Trace = list[dict[str, Any]]
 """A learning curve: what it has cost a device so far, and the value. `energy_joules` is None: nothing measures it."""
 Answers = list[list[Floats]]
-"""For the last points of a trace: class shares [rows, classes] of every user's held-out rows."""
+"""For the last points of a trace: what `Answer` gives for every user's held-out rows."""
+Answer = Callable[[Workbench, int, NDArray[np.int64]], Floats]
+"""Of the mounted model, a user and the user's rows of the test set: class shares [rows, classes], or scores [rows]."""
 
 
 def start_point(plan: CellPlan) -> dict[str, Any]:
@@ -49,14 +52,16 @@ def start_point(plan: CellPlan) -> dict[str, Any]:
     }
 
 
-def tuned(study: Study, plan: CellPlan, tests: tuple[NDArray[np.int64], ...], work: Path) -> tuple[Trace, Answers]:
+def tuned(
+    study: Study, plan: CellPlan, tests: tuple[NDArray[np.int64], ...], work: Path, answer: Answer
+) -> tuple[Trace, Answers]:
     """Train as the cell says and let every user's model answer."""
     workbench.cache_clear()  # another cell may have had this configuration, and other data
     trace, state = [start_point(plan)], None
     if plan.federated_steps:
         trace, state = _federated(study, plan, work)
     bench = workbench(plan.config.to_json())
-    users = [_of_user(study, plan, bench, state, *who) for who in enumerate(tests)]
+    users = [_of_user(study, plan, bench, state, answer, *who) for who in enumerate(tests)]
     meter, before = device_meter(study.device, perturbation_of(plan.cell)), trace[-1]
     points = [steps for steps, _ in users[0][1]]
     for steps in points if plan.local_steps else ():
@@ -89,9 +94,15 @@ def _federated(study: Study, plan: CellPlan, work: Path) -> tuple[Trace, ServerS
 
 
 def _of_user(
-    study: Study, plan: CellPlan, bench: Workbench, state: ServerState | None, user: int, rows: NDArray[np.int64]
+    study: Study,
+    plan: CellPlan,
+    bench: Workbench,
+    state: ServerState | None,
+    answer: Answer,
+    user: int,
+    rows: NDArray[np.int64],
 ) -> tuple[float, list[tuple[int, Floats]]]:
-    """(FLOPs of a local step, class shares of the user's rows after so many steps)."""
+    """(FLOPs of a local step, answers to the user's rows after so many steps)."""
     config, resident, rank = plan.config, bench.resident, plan.config.max_rank
     structure, arrays = Structure.full(bench.shape), bench.start
     if state is not None:
@@ -103,7 +114,7 @@ def _of_user(
         resident.mount(structure, narrow(arrays, structure, rank, bench.shape))
     flops = workload_for(plan.cell, config, bench.shape).iteration_flops(structure.counts(), rank)
     if not plan.local_steps:
-        return flops, [(0, _shares(bench, rows))]
+        return flops, [(0, answer(bench, user, rows))]
     optimizer = LocalOptimizer(resident, config.learning_rate, config.clip_norm)
     batches = bench.training_batches(user, config.rounds + 1, plan.local_steps)
     done, found = 0, []
@@ -111,11 +122,11 @@ def _of_user(
         until = max(1, plan.local_steps * point // study.evaluations)
         tune(resident, optimizer, islice(batches, until - done), _nothing, _nothing, Stopwatch())
         done = until
-        found.append((done, _shares(bench, rows)))
+        found.append((done, answer(bench, user, rows)))
     return flops, found
 
 
-def _shares(bench: Workbench, rows: NDArray[np.int64]) -> Floats:
+def class_shares(bench: Workbench, _: int, rows: NDArray[np.int64]) -> Floats:
     """Class probabilities [rows, classes] of the mounted model."""
     encoded = replace(bench.test.take(rows), labels=np.arange(len(rows)))
     shares = np.zeros((len(rows), len(bench.data.classes)))

@@ -18,8 +18,13 @@ LEVERS: dict[str, Any] = {
     "probe": "first",
     "local_work": "deadline",
     "logit_adjustment": 1.0,
+    "wire_dtype": "float16",
+    "adapter_rate": "inverse-rank",
     "prune_interval": 1,
 }
+
+STRUCTURE_BYTES = 2 * (1 + 6)
+"""Of two layers: a bit for each of up to 8 heads and 48 channels."""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,20 @@ def test_a_roll_call_measures_all_devices_once_and_costs_its_time(whole: RunResu
     assert all(pull.probe is None for record in whole.records for pull in record.pulls)
 
 
+def test_half_the_bytes_of_adapters_and_head_travel_and_little_is_lost(keys: dict[str, Any], tmp_path: Path) -> None:
+    same = {"policy": "fixed", "sampling": "uniform", "local_work": "equal"}  # the same work, whatever it costs
+    common = {**keys, **same, "rounds": 2, "target_sparsity": 0.0, "learning_rate": 1e-3}
+    runs = [simulate(out=tmp_path / dtype, **{**common, "wire_dtype": dtype}) for dtype in ("float16", "float32")]
+    half, whole = ([pull.report for record in run.records for pull in record.pulls] for run in runs)
+    for ours, theirs in zip(half, whole, strict=True):
+        for ours_bytes, bytes_ in (
+            (ours.upload_bytes, theirs.upload_bytes),
+            (ours.download_bytes, theirs.download_bytes),
+        ):
+            assert 2 * ours_bytes - bytes_ == STRUCTURE_BYTES
+        assert ours.loss_after == pytest.approx(theirs.loss_after, rel=1e-2)
+
+
 @pytest.mark.parametrize("round", [2, 4])
 def test_a_run_continues_to_the_same_bits(whole: RunResult, tmp_path: Path, round: int) -> None:
     directory = tmp_path / "run"
@@ -70,8 +89,9 @@ def test_a_run_continues_to_the_same_bits(whole: RunResult, tmp_path: Path, roun
     assert_same_end(directory, whole.directory)
 
 
-def test_devices_as_one_batch_do_the_same(keys: dict[str, Any], tmp_path: Path) -> None:
-    quick = {**keys, "rounds": 3, "learning_rate": 1e-3, "policy": "fixed"}
+@pytest.mark.parametrize("policy", ["fixed", "random"])
+def test_devices_as_one_batch_do_the_same(keys: dict[str, Any], tmp_path: Path, policy: str) -> None:
+    quick = {**keys, "rounds": 3, "learning_rate": 1e-3, "policy": policy}
     ours, alone = (simulate(out=tmp_path / engine, engine=engine, **quick) for engine in ("grouped", "inline"))
     for mine, theirs in zip(ours.records, alone.records, strict=True):
         assert mine.clock_seconds == theirs.clock_seconds

@@ -51,9 +51,13 @@ REPORT = Report(
     9,
     (1 / 3, 0.0),
 )
+HALF = replace(
+    fakes.train_request(3), arrays={name: value.astype(np.float16) for name, value in fakes.arrays(3).items()}
+)
 CASES: list[tuple[Any, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] = [
     (fakes.train_request(1), records.pack_train_request, records.unpack_train_request),
     (replace(fakes.train_request(2), missed_rank=80), records.pack_train_request, records.unpack_train_request),
+    (HALF, records.pack_train_request, records.unpack_train_request),
     (
         TrainReply(4, REPORT, fakes.STRUCTURE, fakes.arrays(4), fakes.train_request(1).scores),
         records.pack_train_reply,
