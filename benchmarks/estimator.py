@@ -1,12 +1,14 @@
-"""The memory formula of the code base (`fedspine study plan`, the virtual devices) against measured peaks.
+"""The estimates of `fedspine study plan` against what is measured: memory at its peak, seconds of a step.
 
-    .venv/bin/python -m benchmarks.estimator [--out FILE.json]
+    .venv/bin/python -m benchmarks.estimator [--time] [--only 0 4] [--out FILE.json]
 
 Random models of eight shapes, each in float32, in bfloat16, with half of its heads and channels cut and with quantised
 weights, tuned with LoRA; and in float32 with the other learners: two steps on random tokens of full length, one thread.
- A process per shape; what counts is its largest resident set (VmHWM) of the
-training, less what it had before the model was made. Allocator as in `benchmarks/memory.py`. Attention is computed in
-the open (eager), which is what the formula counts; a fused one needs less.
+A process per shape; what counts is its largest resident set (VmHWM) of the training, less what it had before the model
+was made. Allocator as in `benchmarks/memory.py`.
+
+`--time`: seconds of the fastest of four steps instead, of the first three. One step calibrates, of the third shape
+uncut, in float32 and in bfloat16; all others follow from it by their FLOPs. On a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -26,16 +28,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from benchmarks.memory import COMMON, STEADY, resident_bytes
 from fedspine.config import RunConfig
-from fedspine.data.encode import Batch
+from fedspine.cost import Workload
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import MagnitudeScorer
 from fedspine.pruning.select import select
 from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
+from fedspine.study.calibrate import full_batches, step_seconds
 from fedspine.study.design import Cell, compression
+from fedspine.study.memory import training_bytes
 from fedspine.study.peft_learners import PeftLearner, is_peft
-from fedspine.study.workload import QUANTISER_BYTES, WEIGHT_BYTES, lora_rank, workload_for
+from fedspine.study.workload import QUANTISER_BYTES, WEIGHT_BYTES, lora_rank, step_flops, workload_for
 from fedspine.training import LocalOptimizer, tune
 
 SHAPES: tuple[tuple[str, str, int, int, int, int, int], ...] = (
@@ -57,10 +61,12 @@ CASES = (
 TINY = ("classification", 48, 2, 2, 16, 4)
 
 
-def measure(shape: tuple[Any, ...], learner: str, level: str) -> tuple[int, float]:
-    """(measured bytes, estimated bytes without the library that quantises: every process here has it)."""
+CALIBRATION = SHAPES[2]
+
+
+def prepare(shape: tuple[Any, ...], learner: str, level: str) -> tuple[Cell, RunConfig, ResidentModel, Workload]:
+    """A model that is ready to train, and its cost formulas."""
     family, task, hidden, layers, rows, length, rank = shape
-    before = resident_bytes("VmRSS")
     kind, ratio = compression(level)
     config = RunConfig(task=task, max_length=length, batch_size=rows, min_rank=1, max_rank=rank, fixed_rank=rank)
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
@@ -69,7 +75,7 @@ def measure(shape: tuple[Any, ...], learner: str, level: str) -> tuple[int, floa
     torch.manual_seed(0)
     auto = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    model = auto.from_config(settings, attn_implementation="eager").eval()
+    model = auto.from_config(settings).eval()
     resident = ResidentModel(model, family, config.lora_targets, rank, 2.0, dtype)
     full, rng = Structure.full(resident.shape), np.random.default_rng(0)
     arrays = start_adapters(resident.shape, rank, rng) | resident.head_arrays()
@@ -77,48 +83,75 @@ def measure(shape: tuple[Any, ...], learner: str, level: str) -> tuple[int, floa
     if ratio:
         cut = select(full, MagnitudeScorer(resident).scores(), ratio, resident.shape)
         resident.mount(cut, narrow(arrays, cut, rank, resident.shape), own=True)
-    ids = rng.integers(5, COMMON["vocab_size"], (2, rows, length))
-    labels = ids if task == "causal-lm" else rng.integers(2, size=(2, rows))
-    batches = [Batch(tokens, np.ones_like(tokens), None, right) for tokens, right in zip(ids, labels, strict=True)]
     cell = Cell({"learner": learner, "compression": level, "rank": rank}, 0)
-    estimate = workload_for(cell, config, resident.shape).planned_memory_bytes(ratio, lora_rank(cell.levels))
+    return cell, config, resident, workload_for(cell, config, resident.shape)
+
+
+def measure(shape: tuple[Any, ...], learner: str, level: str) -> tuple[int, float]:
+    """(measured bytes, estimated bytes without the library that quantises: every process here has it)."""
+    before = resident_bytes("VmRSS")
+    cell, config, resident, workload = prepare(shape, learner, level)
+    kind, ratio = compression(level)
+    batches = full_batches(resident, config, 2)
     trained: Any = PeftLearner(cell.levels, config, resident) if is_peft(cell.levels) else resident
-    del resident, model
+    del resident
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
     tune(trained, LocalOptimizer(trained, 1e-3, 1.0), batches, lambda: None, lambda _: None, Stopwatch())
+    estimate = training_bytes(workload, ratio, lora_rank(cell.levels))
     return resident_bytes("VmHWM") - before, estimate - (QUANTISER_BYTES if kind in WEIGHT_BYTES else 0.0)
+
+
+def clock(shape: tuple[Any, ...], learner: str, level: str) -> tuple[float, float]:
+    """(measured seconds of a step, its FLOPs)."""
+    cell, config, resident, workload = prepare(shape, learner, level)
+    return step_seconds(resident, config), step_flops(cell, workload, resident.structure.counts())
+
+
+def of_shape(shape: tuple[Any, ...], timed: bool) -> dict[str, tuple[float, float]]:
+    """By case, in a process of its own: (measured, estimate) or (measured, FLOPs)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.estimator", "--shape", json.dumps(shape), *(["--time"] if timed else [])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({} if timed else STEADY)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return {case: (measured, figure) for case, measured, figure in map(json.loads, done.stdout.splitlines())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--time", action="store_true", help="seconds of a step instead of memory")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="of the shapes, counted from 0")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--only", type=int, metavar="N", help="only the N-th shape")
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    figures = clock if options.time else measure
     if options.shape:
         torch.set_num_threads(1)
         shape = json.loads(options.shape)
-        for case in CASES:
-            measure((shape[0], *TINY), *case)  # what the libraries need
-        for case in CASES:
+        cases = CASES[:3] if options.time else CASES
+        for case in cases:
+            figures((shape[0], *TINY), *case)  # what the libraries need
+        for case in cases:
             gc.collect()
-            print(json.dumps([", ".join(case), *measure(tuple(shape), *case)]), flush=True)
+            print(json.dumps([", ".join(case), *figures(tuple(shape), *case)]), flush=True)
         return
+    seconds_per_flop = {}
+    if options.time:
+        of_one = of_shape(CALIBRATION, timed=True)
+        seconds_per_flop = {case: seconds / flops for case, (seconds, flops) in of_one.items()}
+        seconds_per_flop["lora, width:0.5"] = seconds_per_flop["lora, none"]
     rows = []
-    print(f"{'family, task, hidden, layers, batch, length, rank':52s} {'':15s} {'MB':>6s} {'estimate / measured':>20s}")
-    for shape in SHAPES[options.only - 1 : options.only] if options.only else SHAPES:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.estimator", "--shape", json.dumps(shape)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **STEADY},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        for case, measured, estimate in map(json.loads, done.stdout.splitlines()):
-            rows.append({"shape": shape, "case": case, "bytes": measured, "estimate": estimate})
+    unit, scale = ("ms", 1e3) if options.time else ("MB", 1e-6)
+    print(f"{'family, task, hidden, layers, batch, length, rank':52s} {'':15s} {unit:>6s} {'estimate / measured':>20s}")
+    for shape in (SHAPES[index] for index in options.only) if options.only else SHAPES:
+        for case, (measured, figure) in of_shape(shape, options.time).items():
+            estimate = figure * seconds_per_flop.get(case, 1.0)
+            rows.append({"shape": shape, "case": case, "measured": measured, "estimate": estimate})
             text = ", ".join(map(str, shape))
-            print(f"{text:52s} {case:15s} {measured / 1e6:6.0f} {estimate / measured:20.2f}", flush=True)
+            print(f"{text:52s} {case:15s} {measured * scale:6.0f} {estimate / measured:20.2f}", flush=True)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
 

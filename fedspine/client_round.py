@@ -32,7 +32,6 @@ from fedspine.structure import ModelShape, Structure
 from fedspine.training import LocalOptimizer, evaluate, tune
 from fedspine.types import (
     FAILED,
-    OUT_OF_MEMORY,
     TRAINED,
     Arrays,
     EvaluateReply,
@@ -109,7 +108,7 @@ def train(request: TrainRequest, own: bool = False) -> TrainReply:
 
 
 def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
-    """Download what the request holds; the reply of a device whose memory is too small for it."""
+    """Download what the request holds; the reply of a device that drops out, or lacks memory for it."""
     config, workload, shape = bench.config, bench.workload, bench.shape
     meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
     arrays = completed(request.arrays, known_to(request, config, bench.start, shape), request.structure, shape)
@@ -123,9 +122,8 @@ def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
         download_seconds=meter.download_seconds(download),
         peak_memory_bytes=int(needed),
     )
-    if meter.out_of_memory(needed):
-        message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
-        failed = replace(report, outcome=OUT_OF_MEMORY, message=message)
+    if refusal := meter.refusal(needed):
+        failed = replace(report, outcome=refusal[0], message=refusal[1])
         return TrainReply(request.device, failed, request.structure, {}, None)
     return Local(replace(request, arrays=arrays), bench.of_device(request.device), meter, report)
 

@@ -79,6 +79,10 @@ class RunConfig:
     dirichlet_alpha: float = _key(1.0, "label skew of partition=dirichlet; smaller is more skewed", min=0.01, max=1e4)
     min_classes: int = _key(2, "classes that every device must hold; 1 allows one-class devices", min=1)
     population: str = _key("jetson-80", "device catalogue: a built-in name or a TOML file")
+    perturbation: str = _key(
+        "none", "what goes wrong on the simulated devices: none, dropout:SHARE, slowdown:SHARExFACTOR, link:SCALE or "
+        "memory:SCALE (in the second half of the rounds)",
+    )  # fmt: skip
 
     # local training
     local_iterations: int = _key(20, "optimiser steps of a device in a round", min=1, max=100_000)

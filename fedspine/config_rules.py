@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fedspine.errors import ConfigError
+from fedspine.perturbation import parse_perturbation
 
 if TYPE_CHECKING:
     from fedspine.config import RunConfig
@@ -48,6 +49,7 @@ def check_together(config: RunConfig) -> None:
                     f"{key} = {getattr(config, key)!r}: with {name} = {getattr(config, name)!r} it must be {values}; "
                     f"or leave {name} at {without[0]!r}"
                 )
+    parse_perturbation(config.perturbation)
     if config.distill_steps and not config.public_examples:
         raise ConfigError(
             f"distill_steps = {config.distill_steps}: the server needs texts to distill with, such as "
@@ -63,6 +65,8 @@ def check_deployable(config: RunConfig) -> None:
         raise ConfigError(
             f"close_at = {config.close_at:g}: a deployment waits for all replies so far; use close_at = 1"
         )
+    if config.perturbation != "none":
+        raise ConfigError(f"perturbation = '{config.perturbation}': devices are real here; use perturbation = 'none'")
     for key, stateless in (("fold", "none"), ("trained_factors", "both")):
         value = getattr(config, key)
         if value in ("all", "residual", "local-b"):

@@ -16,7 +16,7 @@ from statistics import fmean
 from fedspine.config import RunConfig, load_config
 from fedspine.controller.reward import reward_pulls
 from fedspine.devices.clock import VirtualMeter, device_state
-from fedspine.devices.population import Population, load_population
+from fedspine.devices.population import Population, population_of
 from fedspine.report.curves import draw_curves
 from fedspine.report.records import read_records, record_to_line, write_atomically
 from fedspine.report.summary import time_to_target
@@ -38,7 +38,7 @@ def retime_run(source: Path, config: RunConfig, directory: Path) -> bool:
     before = load_config(source / "config.toml", {})
     if replace(before, population=config.population) != config:
         return False
-    old, new = (load_population(each.population, each.devices) for each in (before, config))
+    old, new = (population_of(each) for each in (before, config))
     records = retimed(read_records(source / "rounds.jsonl"), config, old, new)
     if records is None:
         return False

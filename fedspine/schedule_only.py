@@ -27,7 +27,7 @@ from fedspine.controller.reward import cut_share, log_reference, with_rewards
 from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import workload_of
 from fedspine.devices.clock import VirtualMeter, device_state, type_indices
-from fedspine.devices.population import load_population
+from fedspine.devices.population import population_of
 from fedspine.errors import ConfigError
 from fedspine.late import Awaited, Closing, close_round
 from fedspine.minilm_shape import minilm_shape
@@ -143,7 +143,7 @@ class _Scheduler:
         shape = minilm_shape(config)
         check_reachable(config.target_sparsity, shape)
         self.workload = workload_of(config, shape)
-        self.population = load_population(config.population, config.devices)
+        self.population = population_of(config)
         self.policy = make_policy(config, self.workload, self._true_seconds)
         self.ranks = rank_grid(config.min_rank, config.max_rank)
         try:
@@ -246,9 +246,9 @@ class _Scheduler:
         download = int(workload.download_bytes(first, rank)) + workload.structure_bytes + scores
         received = meter.download_seconds(download)
         needed = workload.planned_memory_bytes(first, rank)
-        if meter.out_of_memory(needed):
-            message = f"needs {needed / 1e6:.0f} MB of {meter.state.memory_bytes / 1e6:.0f} MB"
-            return Report(OUT_OF_MEMORY, download_bytes=download, download_seconds=received, message=message)
+        if refusal := meter.refusal(needed):
+            outcome, message = refusal
+            return Report(outcome, download_bytes=download, download_seconds=received, message=message)
         starts = [cut * config.prune_interval for cut in range(cuts)]
         shares = np.diff([*starts, iterations]) / config.local_iterations
         flops = float(shares @ workload.planned_flops(ratios, np.full(cuts, float(rank))))

@@ -19,7 +19,7 @@ from fedspine.cost import Workload, workload_of
 from fedspine.data.encode import Batch, Encoded, encode, evaluation_batches, training_batches
 from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
-from fedspine.devices.population import Population, load_population
+from fedspine.devices.population import Population, population_of
 from fedspine.lora.adapters import start_adapters
 from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_base, load_tokenizer
@@ -106,7 +106,7 @@ def workbench(settings: str) -> Workbench:
     """
     config = RunConfig.from_json(settings)
     configure_threads(config.threads)
-    population = load_population(config.population, config.devices)
+    population = population_of(config)
     tokenizer = load_tokenizer(config)
     data = find(settings) or prepare(config)
     pad_id = tokenizer.pad_token_id or 0

@@ -50,22 +50,25 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from fedspine.report.study_console import StudyProgress
     from fedspine.study.recommend import recommend
 
     try:
         minutes = float(options.probe.removesuffix("m"))
     except ValueError:
         raise ConfigError(f"--probe {options.probe}: write it in minutes, such as 10m") from None
-    found = recommend(
-        options.device,
-        options.task,
-        options.examples,
-        options.hours,
-        probe_minutes=minutes,
-        evidence=options.evidence,
-        models=options.model,
-        encoder=options.encoder,
-    )
+    with StudyProgress("trials", quiet=options.json) as progress:
+        found = recommend(
+            options.device,
+            options.task,
+            options.examples,
+            options.hours,
+            probe_minutes=minutes,
+            evidence=options.evidence,
+            models=options.model,
+            encoder=options.encoder,
+            on_probe=progress.update,
+        )
     if options.json:
         print(json.dumps(found.to_json(), indent=1))
     else:

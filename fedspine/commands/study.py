@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   fedspine study plan STUDY.toml                     cells, memory and time on the device, and what cannot run there
   fedspine study run STUDY.toml --parallel 2         stop and start it as you like
   fedspine study report STUDY.toml                   report.md, report.json and report.html
+  fedspine study calibrate STUDY.toml --out here.toml   this machine as a device: device = "here.toml" in STUDY.toml
 
 STUDY.toml: see fedspine/study/design.py and experiments/study/
 """
@@ -26,16 +27,20 @@ def add(commands: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EXAMPLES,
     )
-    steps = study.add_subparsers(required=True, metavar="plan|run|report")
+    steps = study.add_subparsers(required=True, metavar="plan|run|report|calibrate")
     for name, execute, help in (
         ("plan", plan, "list the cells with memory, time and, where they cannot run, the reason"),
         ("run", run, "run the cells that are not finished"),
         ("report", report, "effects with intervals, and a verdict per guideline"),
+        ("calibrate", calibrate, "time one training step here, and write this machine as a device"),
     ):
         step = steps.add_parser(name, help=help, description=help.capitalize() + ".")
         step.add_argument("study", type=Path, metavar="STUDY.toml", help="what is fixed and what varies")
-        step.add_argument("--json", action="store_true", help="print only JSON, on stdout")
         step.set_defaults(execute=execute)
+        if name == "calibrate":
+            step.add_argument("--out", required=True, metavar="DEVICE.toml", help="new file")
+            continue
+        step.add_argument("--json", action="store_true", help="print only JSON, on stdout")
         if name != "plan":
             step.add_argument("--out", metavar="DIR", help="directory (default: runs/study-NAME)")
         if name == "run":
@@ -69,6 +74,14 @@ def run(options: argparse.Namespace) -> int:
         return 130
     if not options.json:
         print(f"{directory}: `fedspine study report {options.study}` comes next", file=sys.stderr)
+    return 0
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    from fedspine.study.calibrate import calibrate as calibrate_here
+
+    gflops = calibrate_here(options.study, options.out)
+    print(f"{options.out}: {gflops:.1f} GFLOP/s in training", file=sys.stderr)
     return 0
 
 

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 
 from fedspine.controller.cohort import Fleet
 from fedspine.controller.time_model import log_rates
-from fedspine.types import OUT_OF_MEMORY, TRAINED, Action, Pull, Report
+from fedspine.types import FAILED, OUT_OF_MEMORY, TRAINED, Action, Pull, Report
 
 WINDOW = 2_000
 OWN = 200
+OUTCOMES = (TRAINED, OUT_OF_MEMORY, FAILED)
 
 _SO_FAR = np.dtype([("asked", np.int32), ("log_rates", np.float64, 2)])
 """What a device's pulls up to a row tell: how many, and its rates (time_model.py)."""
@@ -37,7 +38,7 @@ _ROW = np.dtype(
         ("round", np.int32),
         ("device", np.int32),
         ("rank", np.int32),
-        ("trained", np.bool_),
+        ("outcome", np.int8),  # place in OUTCOMES
         *((name, np.float64) for name in ("ratio", "before", "after", "flops", "quality", "reward")),
         *((name, np.float64) for name in ("compute_seconds", "download_seconds", "upload_seconds")),
         *((name, np.int64) for name in ("download_bytes", "upload_bytes")),
@@ -128,7 +129,7 @@ def _to_row(pull: Pull, previous: int) -> tuple[Any, ...]:
         pull.round,
         pull.device,
         pull.action.lora_rank,
-        report.outcome == TRAINED,
+        OUTCOMES.index(report.outcome),
         pull.action.pruning_ratio,
         pull.ratio_before,
         pull.ratio_after,
@@ -148,7 +149,7 @@ def _from_row(
     round: int,
     device: int,
     rank: int,
-    trained: bool,
+    outcome: int,
     ratio: float,
     before: float,
     after: float,
@@ -162,7 +163,7 @@ def _from_row(
     upload_bytes: int,
 ) -> Pull:
     report = Report(
-        TRAINED if trained else OUT_OF_MEMORY,
+        OUTCOMES[outcome],
         compute_seconds=compute_seconds,
         download_seconds=download_seconds,
         upload_seconds=upload_seconds,

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.devices.population import Population
-from fedspine.types import Probe
+from fedspine.types import FAILED, OUT_OF_MEMORY, Probe
 
 PROBE_BYTES = 32_768
 """Payload of an in-round probe, each way."""
-_TYPE, _MODE, _LINK, _JITTER = 101, 102, 103, 104
+_TYPE, _MODE, _LINK, _JITTER, _SLOW, _AWAY = 101, 102, 103, 104, 105, 106
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class DeviceState:
     memory_bytes: float
     jitter: float
     """Factor on compute time."""
+    away: bool = False
+    """It drops out of the round, after the download."""
 
 
 def device_state(population: Population, seed: int, device: int, round: int) -> DeviceState:
@@ -41,15 +43,20 @@ def device_state(population: Population, seed: int, device: int, round: int) -> 
     group = int(np.random.default_rng([seed, device, _LINK]).integers(len(population.download_mbps)))
     down, up = np.exp(population.bandwidth_sigma * link.standard_normal(2))
     noise = np.random.default_rng([seed, round, device, _JITTER]).standard_normal()
+    trouble = population.perturbation
+    slow = trouble.kind == "slowdown" and _hit(population.devices, trouble.share, (seed, _SLOW))[device]
+    away = trouble.kind == "dropout" and _hit(population.devices, trouble.share, (seed, round, _AWAY))[device]
+    late = 0 < population.rounds < 2 * round
     return DeviceState(
         type_name=kind.name,
         flops_per_second=kind.gflops * 1e9 * mode,
         iteration_seconds=kind.iteration_ms / 1e3,
-        download_bytes_per_second=population.download_mbps[group] * down * 1e6 / 8,
-        upload_bytes_per_second=population.upload_mbps[group] * up * 1e6 / 8,
+        download_bytes_per_second=population.download_mbps[group] * down * trouble.of("link") * 1e6 / 8,
+        upload_bytes_per_second=population.upload_mbps[group] * up * trouble.of("link") * 1e6 / 8,
         latency_seconds=population.latency_ms / 1e3,
-        memory_bytes=kind.memory_mb * 1e6,
-        jitter=float(np.exp(population.jitter * noise)),
+        memory_bytes=kind.memory_mb * (trouble.of("memory") if late else 1.0) * 1e6,
+        jitter=float(np.exp(population.jitter * noise)) * (trouble.factor if slow else 1.0),
+        away=bool(away) and population.devices > 1,
     )
 
 
@@ -72,6 +79,14 @@ class VirtualMeter:
     def out_of_memory(self, nbytes: float) -> bool:
         return nbytes > self.state.memory_bytes
 
+    def refusal(self, nbytes: float) -> tuple[str, str] | None:
+        """(outcome, why) when the device does not train in the round; `nbytes`: memory that it would need."""
+        if self.state.away:
+            return FAILED, "dropped out of the round"
+        if self.out_of_memory(nbytes):
+            return OUT_OF_MEMORY, f"needs {nbytes / 1e6:.0f} MB of {self.state.memory_bytes / 1e6:.0f} MB"
+        return None
+
     def probe(self, flops: float) -> Probe:
         """Time a local iteration, or a part of one, of `flops`, and a small transfer."""
         compute = self.compute_seconds(flops, 1)
@@ -83,6 +98,15 @@ class VirtualMeter:
             seconds=compute + transfer,
             bytes=2 * PROBE_BYTES,
         )
+
+
+@lru_cache(maxsize=8)
+def _hit(devices: int, share: float, key: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Which devices a perturbation hits [devices]: that share of them, at least one, and all only with a share of 1."""
+    most = devices if share == 1 else max(1, devices - 1)
+    mask = np.zeros(devices, dtype=np.bool_)
+    mask[np.random.default_rng(key).permutation(devices)[: min(most, max(1, round(share * devices)))]] = True
+    return mask
 
 
 @lru_cache(maxsize=8)

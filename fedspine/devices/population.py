@@ -27,7 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedspine.config import RunConfig
 from fedspine.errors import PopulationError
+from fedspine.perturbation import UNPERTURBED, Perturbation, parse_perturbation
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Population:
     mode_rounds: int = 20
     jitter: float = 0.05
     latency_ms: float = 20.0
+    perturbation: Perturbation = UNPERTURBED
+    rounds: int = 0
+    """Of the run; 0: no run."""
 
     @property
     def devices(self) -> int:
@@ -103,6 +108,12 @@ def load_population(name: str, devices: int) -> Population:
     return replace(population, types=_scaled(population.types, devices))
 
 
+def population_of(config: RunConfig) -> Population:
+    """The devices of a run, with what goes wrong on them. Errors: `PopulationError`."""
+    population = load_population(config.population, config.devices)
+    return replace(population, perturbation=parse_perturbation(config.perturbation), rounds=config.rounds)
+
+
 def load_device(name: str) -> Population:
     """A catalogue that holds one type.
 
@@ -144,7 +155,7 @@ def _read(name: str) -> Population:
         raise PopulationError(f"population = '{name}': needs at least one [[types]] table")
     types = tuple(_device_type(f"population '{name}', types[{i}]", kind) for i, kind in enumerate(kinds))
     where = f"population '{name}'"
-    _known(where, values, set(Population.__dataclass_fields__) - {"types"})
+    _known(where, values, set(Population.__dataclass_fields__) - {"types", "perturbation", "rounds"})
     down = _numbers(where, values, "download_mbps")
     up = _numbers(where, values, "upload_mbps")
     if len(down) != len(up):

@@ -39,12 +39,12 @@ def print_plan(study: Study, plans: Sequence[CellPlan], as_json: bool = False) -
 
 
 class StudyProgress:
-    """A bar on stderr, of cells."""
+    """A bar on stderr, of cells or of what else is counted."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    def __init__(self, what: str = "cells", quiet: bool = False) -> None:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=Console(stderr=True, quiet=quiet))
-        self._task = self._progress.add_task("cells", total=None)
+        self._task = self._progress.add_task(what, total=None)
 
     def update(self, done: int, of: int) -> None:
         self._progress.start()  # not before: a mistake in the file is told without a bar
@@ -54,4 +54,5 @@ class StudyProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # stopping prints a line
+            self._progress.stop()

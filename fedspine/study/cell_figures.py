@@ -9,7 +9,7 @@ from statistics import fmean
 from fedspine.study.design import Point, Study
 from fedspine.study.evidence import Evidence, cell_of
 from fedspine.study.metrics import score_of
-from fedspine.study.protocols import Budget, cost_to_target, quality_under_budget, restricted_mean_seconds, robustness
+from fedspine.study.protocols import Budget, cost_to_target, quality_under_budget, restricted_mean_seconds, slowed
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def figures(study: Study, evidence: Evidence) -> Iterator[CellFigures]:
         goal = score_of(study.metric, study.target)
         costs = [cost_to_target(trace, goal) for trace in traces] if study.target else []
         within = {f"{longest * part:.3g} s": Budget(seconds=longest * part) for part in (0.25, 0.5, 1.0)}
-        changes = [robustness(trace, Budget(seconds=longest / 2), slowdown=2.0) for trace in traces]
+        changes = [slowed(trace, Budget(seconds=longest / 2), slowdown=2.0) for trace in traces]
         yield CellFigures(
             name=name,
             levels=levels,

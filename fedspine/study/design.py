@@ -26,6 +26,9 @@ A table with `task = "causal-lm"` is of a language model: plain texts, or instru
 says `partition`, or `user_column = "NAME"`: a user for each of the values with the most rows. `data` may be a file of
 questions of LaMP (fedspine/data/lamp.py).
 
+`perturbation`, a key of a run (fedspine/perturbation.py), makes a good factor: the report then compares every cell with
+its twin at "none". On the user's own device nobody drops out and no link matters: such a cell is its twin.
+
 A point is a level for every factor. Points that differ only where their learner does not look are one cell: `rag` has
 no rank. So a cell is run once, and compared wherever it stands.
 """
@@ -43,6 +46,7 @@ from typing import Any
 
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError, FedSpineError
+from fedspine.perturbation import parse_perturbation
 from fedspine.study.metrics import METRICS, score_of
 from fedspine.study.persona import PERSONAS
 from fedspine.toml_file import read_toml
@@ -74,8 +78,8 @@ DEFAULTS: dict[str, Level] = {
 """Factors. `examples`: rows of a user; `budget`: of training, in steps or with a unit; `history`: items retrieved;
 `rank`: of LoRA, and how many virtual tokens `prompt` and `prefix` have."""
 _IGNORED = {
-    "none": ("scope", "examples", "rank", "budget", "history", "retriever"),
-    "rag": ("scope", "model", "compression", "rank", "budget"),
+    "none": ("scope", "examples", "rank", "budget", "history", "retriever", "perturbation"),
+    "rag": ("scope", "model", "compression", "rank", "budget", "perturbation"),
     "lora": ("history", "retriever"),
     "ia3": ("rank", "history", "retriever"),
     "prompt": ("history", "retriever"),
@@ -207,13 +211,20 @@ class Study:
 
 
 def canonical(point: Point) -> Point:
-    """The point with None wherever its learner does not look; a ready model takes the place of `model`."""
+    """The point with None wherever its learner does not look, and no perturbation of what its scope does not have.
+
+    A ready model takes the place of `model`.
+    """
     ignored = _IGNORED.get(point["learner"], ())
     if "kind" in point:
         ignored = tuple(factor for factor in ignored if factor not in _MODEL)
     if str(point["compression"]).startswith("ready:"):
         ignored = (*ignored, "model")
-    return {factor: None if factor in ignored else level for factor, level in point.items()}
+    seen = {factor: None if factor in ignored else level for factor, level in point.items()}
+    trouble = seen.get("perturbation")
+    if trouble and seen["scope"] == "local" and parse_perturbation(trouble).kind in ("dropout", "link"):
+        seen["perturbation"] = "none"
+    return seen
 
 
 def compression(level: Level) -> tuple[str, float]:

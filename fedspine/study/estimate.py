@@ -1,4 +1,4 @@
-"""What a cell needs on the study's device, before it runs: by the cost formulas of every run, and nothing of its own.
+"""What a cell needs on the study's device, before it runs: by the cost formulas of every run, and memory by its own.
 
 A cell is infeasible when the memory formula, with a margin, exceeds what the device has; when the device cannot finish
 one step in the budget; or when a user has too few rows.
@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.config import RunConfig
+from fedspine.controller.schedule import floor_ratio
 from fedspine.cost import FLOAT_BYTES, workload_of
 from fedspine.devices.clock import VirtualMeter, device_state
 from fedspine.devices.population import load_device
 from fedspine.errors import ConfigError, FedSpineError
 from fedspine.methods import METHODS
+from fedspine.perturbation import UNPERTURBED, Perturbation, parse_perturbation
 from fedspine.structure import ModelShape
 from fedspine.study.design import DEFAULTS, Cell, Study, budget, compression
+from fedspine.study.memory import training_bytes
 from fedspine.study.retrieve import ENCODER_TOKENS
 from fedspine.study.tasks import PersonalTask
 from fedspine.study.workload import PEFT_LEARNERS, WEIGHT_BYTES, lora_rank, step_flops, workload_for
@@ -61,31 +64,36 @@ class CellPlan:
 def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     """Errors: `ConfigError`, `ModelError`, `PopulationError` for what can be used in no cell."""
     config = cell_config(study, cell)
-    levels = cell.levels
+    levels, trouble = cell.levels, perturbation_of(cell)
     learner, (kind, share) = str(levels["learner"]), compression(levels["compression"] or "none")
     shape = _shape(config, len(task.classes), share if kind == "depth" else 0.0)
     ratio = share if kind in CUTS else kept_sparsity(config, shape) if kind == "ready" else 0.0
-    workload, meter = workload_for(cell, config, shape), device_meter(study.device)
+    workload, meter = workload_for(cell, config, shape), device_meter(study.device, trouble)
     trained, retrieves = learner not in ("none", "rag"), "rag" in learner
     rank = lora_rank(levels)
     reasons = list(_conflicts(cell, config, shape, len(task.classes), ratio))
     steps = federated = 0
     if trained:
         flops = step_flops(cell, workload, workload.planned_counts(ratio))
-        step_seconds = meter.compute_seconds(flops, 1)
+        step_seconds = device_meter(study.device).compute_seconds(flops, 1)  # what goes wrong is not planned
         amount, unit = budget(levels["budget"])
         steps = int(amount / {"steps": 1, "samples": config.batch_size, "seconds": step_seconds}[unit])
         if steps < 1:
             reasons.append(f"one step takes {step_seconds:.3g} s here, more than budget = {levels['budget']}")
         federated = {"local": 0, "federated": steps}.get(str(levels["scope"]), steps // 2)
+    cut_at_once = kind in ("width", "ready") and not federated
+    if trained and trouble.kind == "memory":  # it runs short half-way; what does not fit then ends there
+        by_then = floor_ratio(config, 1 + config.rounds // 2) if levels["scope"] == "federated" else ratio
+        if MARGIN * training_bytes(workload, by_then, rank) > trouble.share * meter.state.memory_bytes:
+            steps = steps // 2 or steps
+            federated = min(federated, steps)
     config, rounds = _with_rounds(config, federated, study.evaluations)
     federated = rounds * config.local_iterations
     local = 0 if levels["scope"] == "federated" else steps - federated
     seconds, memory = 0.0, workload.inference_bytes(ratio, rank)
     down = up = 0.0
     if trained:
-        cut_at_once = kind in ("width", "ready") and not federated
-        memory = workload.planned_memory_bytes(ratio if cut_at_once else 0.0, rank)
+        memory = training_bytes(workload, ratio if cut_at_once else 0.0, rank)
         seconds += meter.compute_seconds((federated + local) * flops, federated + local)
         down = workload.download_bytes(0.0, rank) + workload.structure_bytes
         up = workload.upload_bytes(0.0, rank) + workload.structure_bytes + workload.score_bytes
@@ -99,6 +107,10 @@ def plan_cell(study: Study, cell: Cell, task: PersonalTask) -> CellPlan:
     if MARGIN * memory > meter.state.memory_bytes:
         have = meter.state.memory_bytes / 1e6
         reasons.append(f"needs {MARGIN * memory / 1e6:.0f} MB (margin included), and {study.device} has {have:.0f} MB")
+    counted = workload_of(config, shape).planned_memory_bytes(0.0, rank)
+    if federated and meter.out_of_memory(counted):
+        have = meter.state.memory_bytes / 1e6
+        reasons.append(f"in a federation it counts as {counted / 1e6:.0f} MB of {have:.0f} MB; use scope = local")
     if (trained or retrieves) and not levels["examples"]:
         reasons.append(f"examples = 0: {'retrieval from an empty history' if retrieves else 'nothing to learn from'}")
     if kind == "fedspine" and trained and not federated:
@@ -158,8 +170,12 @@ def cell_config(study: Study, cell: Cell) -> RunConfig:
                 f"compression = 'ready:{model}': there is no such folder; name one that `fedspine export` wrote, or "
                 "another model's"
             )
-    values: dict[str, Any] = {key: value for key, value in levels.items() if key not in (*DEFAULTS, "kind")}
-    values["task"] = levels.get("kind", RunConfig.task)
+    own = {key: level for key, level in levels.items() if key not in (*DEFAULTS, "kind") and level is not None}
+    values: dict[str, Any] = {**own, "task": levels.get("kind", RunConfig.task)}
+    if values.get("perturbation", "none") != "none":
+        values.setdefault("quorum", 0.0)  # what is lost counts, and ends nothing
+        if parse_perturbation(values["perturbation"]).kind == "memory":
+            values["perturbation"] = "none"  # `plan_cell` has seen to it
     values |= {"method": method, "seed": cell.seed, "data": str(levels["task"]), "partition": "iid", "min_classes": 1}
     values |= {"devices": study.users, "sampled": study.users, "population": study.device, "eval_devices": 1}
     values |= {"model": model, "dtype": "bfloat16" if kind == "bf16" else "float32"}
@@ -168,9 +184,14 @@ def cell_config(study: Study, cell: Cell) -> RunConfig:
     return RunConfig.from_values({**METHODS[method], **values})
 
 
-def device_meter(name: str) -> VirtualMeter:
-    """The clock and the memory of the study's device. Errors: `PopulationError`."""
-    return VirtualMeter(device_state(load_device(name), 0, 0, 1))
+def device_meter(name: str, trouble: Perturbation = UNPERTURBED) -> VirtualMeter:
+    """The clock and the memory of the study's device, of those hit by a perturbation. Errors: `PopulationError`."""
+    return VirtualMeter(device_state(replace(load_device(name), perturbation=trouble), 0, 0, 1))
+
+
+def perturbation_of(cell: Cell) -> Perturbation:
+    """What goes wrong in a cell."""
+    return parse_perturbation(cell.levels.get("perturbation") or "none")
 
 
 def model_parameters(model: str, classes: int, task: str = RunConfig.task) -> int:

@@ -70,7 +70,33 @@ def restricted_mean_seconds(costs: Sequence[Cost]) -> tuple[float, float]:
     return sum(min(cost.seconds, horizon) for cost in costs) / len(costs), horizon
 
 
-def robustness(trace: Points, budget: Budget, slowdown: float = 1.0, memory_share: float = 1.0) -> float | None:
+@dataclass(frozen=True)
+class Change:
+    """Of a perturbed run against its clean twin, as shares of the twin's; None where that has 0."""
+
+    value: float | None
+    seconds: float | None
+    bytes: float | None
+    value_in_time: float | None
+    """Of the best value within the seconds that the twin took; None when there is none by then."""
+
+
+def robustness(trace: Points, clean: Points) -> Change:
+    """Relative change of the last point's value and cost under a perturbation; `clean`: the same cell and seed without.
+
+    A value below 0 (minus an error) changes by its distance, so that less is worse there too.
+    """
+    last, twin = trace[-1], clean[-1]
+    in_time = quality_under_budget(trace, Budget(seconds=twin["device_seconds"])).value
+    return Change(
+        _relative(last["value"], twin["value"]),
+        _relative(last["device_seconds"], twin["device_seconds"]),
+        _relative(_bytes(last), _bytes(twin)),
+        None if in_time is None else _relative(in_time, twin["value"]),
+    )
+
+
+def slowed(trace: Points, budget: Budget, slowdown: float = 1.0, memory_share: float = 1.0) -> float | None:
     """Relative change of the quality under a budget when the device is so many times slower, or has less memory.
 
     -1 when nothing is within the budget any more; None when nothing was.
@@ -81,6 +107,10 @@ def robustness(trace: Points, budget: Budget, slowdown: float = 1.0, memory_shar
     harder = replace(budget, seconds=budget.seconds / slowdown, memory_bytes=budget.memory_bytes * memory_share)
     value = quality_under_budget(trace, harder).value
     return -1.0 if value is None else (value / clean - 1.0) * (1 if clean > 0 else -1)
+
+
+def _relative(now: float, before: float) -> float | None:
+    return (now - before) / abs(before) if before else None
 
 
 def _violated(point: Mapping[str, Any], budget: Budget) -> str:

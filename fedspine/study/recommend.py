@@ -9,9 +9,10 @@ estimate.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -106,16 +107,19 @@ def recommend(
     evidence: Sequence[str | Path] = (),
     models: Sequence[str] = (RunConfig.model,),
     encoder: str = RunConfig.model,
+    on_probe: Callable[[int, int], None] = lambda done, of: None,
 ) -> Recommendation:
     """`device`: as in a study. `task`: a persona task, or a TOML file with the keys of a study's [tasks.NAME]
     and perhaps `max_length`.
 
     `hours`: of the device. `evidence`: report.json of earlier studies. `models`: to choose
-    from. `encoder`: of dense retrieval.
+    from. `encoder`: of dense retrieval. `on_probe`: called with the probe's finished trials and how many there are.
     Errors: subclasses of `FedSpineError`.
     """
-    if hours <= 0:
+    if not hours > 0:
         raise ConfigError(f"hours = {hours}: must be above 0")
+    if not 0 <= probe_minutes < math.inf:
+        raise ConfigError(f"probe = {probe_minutes:g}m: must be a number of minutes, or 0 for none")
     name, tables, fixed = _task(task)
     fixed |= {"task": name, "examples": examples}
     language = tables.get(name, {}).get("task") == LANGUAGE
@@ -130,7 +134,7 @@ def recommend(
     found = [claim for path in evidence for claim in _findings(Path(path), examples)]
     options = ranked(plans, examples, difficulty, sizes, found)
     if probe_minutes:
-        options = _probed(study, options, made, 60 * probe_minutes)
+        options = _probed(study, options, made, 60 * probe_minutes, on_probe)
     infeasible = tuple(plan for plan in plans if plan.estimate.infeasible)
     notes = tuple(_notes(plans, options, examples, difficulty, sizes, found))
     return Recommendation(tuple(options), infeasible, difficulty, notes, study)
@@ -244,10 +248,17 @@ def _findings(path: Path, examples: int) -> list[dict[str, Any]]:
     return claims if any(1 / ALIKE <= max(1, examples) / max(1, amount) <= ALIKE for amount in amounts) else []
 
 
-def _probed(study: Study, options: Sequence[Option], task: PersonalTask, seconds: float) -> list[Option]:
+def _probed(
+    study: Study,
+    options: Sequence[Option],
+    task: PersonalTask,
+    seconds: float,
+    on_probe: Callable[[int, int], None],
+) -> list[Option]:
     """Successive halving of the first option of every learner and then the next ones.
 
     Each round has half as many options as the one before, and as much time.
+    Errors: `ConfigError` when an option's share of the time is too short for one step.
     """
     from fedspine.study.learn import run_cell
 
@@ -257,22 +268,36 @@ def _probed(study: Study, options: Sequence[Option], task: PersonalTask, seconds
     rest = [option for option in options if option not in order[:PROBED]]
     out: list[Option] = []
     rounds = max(1, len(left).bit_length() - 1)
+    done, trials = 0, sum(len(left) >> halved for halved in range(rounds))
+    least = max((_shortened(study, option, task, 0.0).estimate.seconds for option in left), default=0.0)
+    if (needed := least * len(left) * rounds / 60) * 60 > seconds:
+        raise ConfigError(
+            f"probe = {seconds / 60:g}m: too short for one step of each of the best {len(left)}; "
+            f"use at least {math.ceil(100 * needed) / 100:g}m"
+        )
     while left:
         tried = []
         for option in left:
-            levels = option.plan.cell.levels
-            whole = option.plan.estimate
-            share = min(1.0, seconds / rounds / len(left) / max(whole.seconds, 1e-9))
-            short = {**levels, "budget": max(1, int(whole.steps * share))} if whole.steps else levels
-            plan = plan_cell(study, Cell(short, 0), task)
+            on_probe(done, trials)
+            plan = _shortened(study, option, task, seconds / rounds / len(left))
             with tempfile.TemporaryDirectory(prefix="fedspine-") as work:
                 value = run_cell(study, plan, task, Path(work) / "run")["value"]
             tried.append(replace(option, probed=value))
+            done += 1
+            on_probe(done, trials)
         tried.sort(key=lambda option: -(option.probed or 0.0))  # stable: equals stay in the order of votes and cost
         keep = len(tried) // 2
         out = tried[keep:] + out
         left = tried[:keep]
     return out + rest
+
+
+def _shortened(study: Study, option: Option, task: PersonalTask, seconds: float) -> CellPlan:
+    """As many steps as so many seconds of the device allow, by their share of the whole, and at least one."""
+    whole = option.plan.estimate
+    share = min(1.0, seconds / max(whole.seconds, 1e-9))
+    budget = {"budget": max(1, int(whole.steps * share))} if whole.steps else {}
+    return plan_cell(study, Cell({**option.plan.cell.levels, **budget}, 0), task)
 
 
 def _notes(

@@ -17,11 +17,12 @@ from fedspine.errors import CheckpointError
 from fedspine.report.comparison_tables import Table
 from fedspine.report.records import write_atomically
 from fedspine.study.cell_figures import CellFigures, figures
-from fedspine.study.design import Level, Study, load_study
+from fedspine.study.design import Level, Point, Study, load_study
 from fedspine.study.estimate import CellPlan
 from fedspine.study.evidence import Contrast, Evidence
 from fedspine.study.guidelines import NOT_TESTED, Verdict, verdicts
 from fedspine.study.metrics import METRICS
+from fedspine.study.robustness import Robustness, robust
 from fedspine.study.run import check_same, default_directory, plan_study, results
 from fedspine.study.statistics import Interval
 
@@ -49,6 +50,7 @@ class Report:
     """By other factor: the mean at (level, learner)."""
     verdicts: tuple[Verdict, ...]
     cells: tuple[CellFigures, ...]
+    robustness: tuple[Robustness, ...]
 
 
 def report_study(path: str | Path, out: str | Path | None = None) -> Path:
@@ -96,6 +98,7 @@ def make_report(study: Study, plans: Sequence[CellPlan], found: Sequence[dict[st
         by_learner=by_learner,
         verdicts=tuple(verdicts(evidence)),
         cells=tuple(figures(study, evidence)),
+        robustness=tuple(robust(evidence)),
     )
 
 
@@ -135,6 +138,7 @@ def as_json(report: Report) -> dict[str, Any]:
         ],
         "not_tested": NOT_TESTED,
         "cells": [asdict(each) for each in report.cells],
+        "robustness": [asdict(each) for each in report.robustness],
     }
 
 
@@ -196,18 +200,49 @@ def _tables(report: Report) -> list[Table]:
     rows = tuple((each.text, *_interval(each.interval, "+.3f"), str(len(each.cells))) for each in differences)
     found.append(Table("Differences, all else equal", ("levels", "mean", "95 % interval", "cells"), rows))
     found.append(_cell_table(report))
+    if report.robustness:
+        found.append(_robustness_table(report))
     if report.infeasible:
         reasons = tuple((_levels(plan), plan.estimate.infeasible) for plan in report.infeasible)
         found.append(Table("Infeasible, not run", ("cell", "why"), reasons))
     return found
 
 
+def _robustness_table(report: Report) -> Table:
+    factors = _seen_factors(report)
+    rows = tuple(
+        (
+            *(_level(each.levels, factor) for factor in factors),
+            *(_percent(change) for change in (each.value, each.seconds, each.bytes, each.value_in_time)),
+            *each.cells,
+        )
+        for each in report.robustness
+    )
+    header = (*factors, "value", "s", "MB sent", "value in the twin's time", "cell", "twin")
+    return Table("Robustness: change against the clean twin, 95 % intervals", header, rows)
+
+
+def _percent(change: Interval | None) -> str:
+    if change is None:
+        return "-"
+    return f"{100 * change.mean:+.0f} % ({100 * change.low:+.0f} to {100 * change.high:+.0f})"
+
+
+def _seen_factors(report: Report) -> list[str]:
+    """Varied ones that some finished cell looks at."""
+    return [factor for factor in report.study.vary if any(cell.levels[factor] is not None for cell in report.cells)]
+
+
+def _level(levels: Point, factor: str) -> str:
+    return "-" if levels[factor] is None else str(levels[factor])
+
+
 def _cell_table(report: Report) -> Table:
-    factors = [factor for factor in report.study.vary if any(cell.levels[factor] is not None for cell in report.cells)]
+    factors = _seen_factors(report)
     target, perplexity = report.study.target, ["perplexity"] if report.study.metric == "perplexity" else []
     rows = tuple(
         (
-            *("-" if cell.levels[factor] is None else str(cell.levels[factor]) for factor in factors),
+            *(_level(cell.levels, factor) for factor in factors),
             *(f"{cell.value:.3f}", *([f"{math.exp(-cell.value):.2f}"] if perplexity else [])),
             *(f"{cell.seconds:.1f}", f"{cell.traffic_bytes / 1e6:.1f}"),
             f"{cell.memory_bytes / 1e6:.0f}",

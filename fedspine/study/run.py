@@ -69,7 +69,11 @@ def run_study(
         raise ConfigError(f"parallel = {parallel}: must be at least 1")
     if not 1 <= shard[0] <= shard[1]:
         raise ConfigError(f"shard = {shard[0]}/{shard[1]}: must be K/N with K from 1 to N")
-    plans = [plan for plan in plan_study(study) if not plan.estimate.infeasible][shard[0] - 1 :: shard[1]]
+    every = plan_study(study)
+    feasible = [plan for plan in every if not plan.estimate.infeasible]
+    if not feasible:
+        raise ConfigError(f"none of the {len(every)} cells can run; the first: {every[0].estimate.infeasible}")
+    plans = feasible[shard[0] - 1 :: shard[1]]
     directory = Path(out) if out is not None else default_directory(study)
     _claim(directory, study)
     if parallel > 1:

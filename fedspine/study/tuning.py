@@ -27,7 +27,7 @@ from fedspine.simulation import simulate
 from fedspine.stopwatch import Stopwatch
 from fedspine.study.base import start_structure
 from fedspine.study.design import Study, compression
-from fedspine.study.estimate import CellPlan, device_meter
+from fedspine.study.estimate import CellPlan, device_meter, perturbation_of
 from fedspine.study.peft_learners import PeftLearner, is_peft
 from fedspine.study.retrieve import Floats
 from fedspine.study.workload import step_flops, workload_for
@@ -66,7 +66,7 @@ def tuned(
     bench = workbench(plan.config.to_json())
     begin = _peft(plan, bench) if is_peft(plan.cell.levels) else partial(_mounted, plan, bench, state)
     users = [_of_user(study, plan, bench, begin(user), answer, user, rows) for user, rows in enumerate(tests)]
-    meter, before = device_meter(study.device), trace[-1]
+    meter, before = device_meter(study.device, perturbation_of(plan.cell)), trace[-1]
     points = [steps for steps, _ in users[0][1]]
     for steps in points if plan.local_steps else ():
         seconds = meter.compute_seconds(steps * max(flops for flops, _ in users), steps)

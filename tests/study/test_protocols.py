@@ -8,12 +8,14 @@ import pytest
 
 from fedspine.study.protocols import (
     Budget,
+    Change,
     Cost,
     Quality,
     cost_to_target,
     quality_under_budget,
     restricted_mean_seconds,
     robustness,
+    slowed,
 )
 
 
@@ -52,7 +54,18 @@ def test_runs_that_fail_are_not_left_out() -> None:
 
 def test_a_slower_device_gets_less_far() -> None:
     curve = trace(0.4, 0.6, 0.8)
-    assert robustness(curve, Budget(seconds=30), slowdown=2.0) == pytest.approx(0.4 / 0.8 - 1)
-    assert robustness(curve, Budget(seconds=30), slowdown=4.0) == -1.0
-    assert robustness(curve, Budget(seconds=30, memory_bytes=1.2e8), memory_share=0.5) == -1.0
-    assert robustness(curve, Budget(seconds=5), slowdown=2.0) is None
+    assert slowed(curve, Budget(seconds=30), slowdown=2.0) == pytest.approx(0.4 / 0.8 - 1)
+    assert slowed(curve, Budget(seconds=30), slowdown=4.0) == -1.0
+    assert slowed(curve, Budget(seconds=30, memory_bytes=1.2e8), memory_share=0.5) == -1.0
+    assert slowed(curve, Budget(seconds=5), slowdown=2.0) is None
+
+
+def test_a_perturbed_run_is_held_against_its_twin() -> None:
+    clean, slow = trace(0.4, 0.6, 0.8), trace(0.4, 0.6, 0.6, seconds=20.0)
+    found = robustness(slow, clean)
+    assert (found.value, found.seconds, found.bytes) == pytest.approx((-0.25, 1.0, 0.0))
+    assert found.value_in_time == pytest.approx(-0.5)  # after 30 s it has its first point only
+    assert robustness(trace(0.8, seconds=20.0), trace(0.8)).value_in_time is None
+    assert robustness(clean, clean) == Change(0.0, 0.0, 0.0, 0.0)
+    assert robustness(trace(-3.0), trace(-2.0)).value == pytest.approx(-0.5)  # a larger error is worse
+    assert robustness(clean, trace(0.0)).value is None

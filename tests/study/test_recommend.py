@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,99 @@ def test_candidates_are_cells_that_differ() -> None:
     points = candidates({"task": "persona-rule", "examples": 10}, ["a"])
     assert len(points) == 1 + 2 * 3 * 2 * 2
     assert np.unique([Cell(point, 0).name for point in points]).size == len(points)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A model, data, a device and a task of their own, by option."""
+    write_data(tmp_path / "data", train=240)
+    (tmp_path / "board.toml").write_text(DEVICE.format(8))
+    (tmp_path / "task.toml").write_text(
+        f'data = "{(tmp_path / "data").as_posix()}"\npartition = "column:writer"\nmax_length = 12\n'
+    )
+    return {
+        "--device": tmp_path / "board.toml",
+        "--task": tmp_path / "task.toml",
+        "--model": write_model(tmp_path / "model"),
+    }
+
+
+def command(files: dict[str, Path], *more: str) -> list[str]:
+    paths = [str(part) for pair in files.items() for part in pair]
+    base = ["recommend", *paths, "--encoder", str(files["--model"]), "--examples", "9", "--hours", "1"]
+    return [*base, *more]
+
+
+def test_when_nothing_fits_every_reason_is_told(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    files["--device"].write_text(DEVICE.format(0.01))
+    assert main(command(files, "--json")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["options"] == []
+    assert len(answer["infeasible"]) == len(candidates({"task": "any", "examples": 9}, ["any"]))
+    assert all("MB (margin included), and" in each["reason"] for each in answer["infeasible"])
+    assert main(command(files)) == 0
+    text = capsys.readouterr().out
+    assert "nothing fits:\n  rag: needs " in text
+    assert "first would be rag" in text
+    assert main(command(files, "--hours", "1e-9")) == 0
+    assert "more than hours = 1e-09" in capsys.readouterr().out
+    assert main(command(files, "--examples", "0")) == 0
+    text = capsys.readouterr().out
+    assert "examples = 0: retrieval from an empty history" in text
+    assert "examples = 0: nothing to learn from" in text
+
+
+@pytest.mark.parametrize(
+    ("where", "text", "more", "message"),
+    [
+        ("--device", DEVICE.replace("memory_mb = {}\n", ""), (), "(board): memory_mb is missing"),
+        ("--task", 'data = "data"\npartition = "column:user"\n', (), "partition = 'column:user': no such column"),
+        ("--task", 'data = "data"\nusers = "writer"\n', (), "[tasks.task]: 'users' must be one of data, text_column"),
+        ("--task", 'data = "data"\npartition = "column:writer"\n', ("--probe=-1m",), "probe = -1m: must be a number"),
+        ("--task", 'data = "data"\npartition = "column:writer"\n', ("--probe", "soon"), "write it in minutes"),
+        ("--task", 'data = "data"\npartition = "column:writer"\n', ("--hours", "nan"), "hours = nan: must be above 0"),
+        ("--task", 'data = "data"\npartition = "column:writer"\nmax_length = 12\n', ("--probe", "1e-6m"),
+         "probe = 1e-06m: too short for one step of each of the best 4; use at least 0.01m"),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_with_its_remedy(
+    where: str,
+    text: str,
+    more: tuple[str, ...],
+    message: str,
+    files: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files[where].write_text(text)
+    if where == "--task" and "max_length" not in text:
+        files["--task"].write_text(files["--task"].read_text() + "max_length = 12\n")
+    assert main(command(files, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fedspine: error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_four_bits_are_spoken_of_where_they_save_no_memory(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(files, "--json")) == 0
+    small = json.loads(capsys.readouterr().out)["notes"]
+    assert any("they save no memory, as activations outweigh weights" in note for note in small)
+    tiny_config("bert", vocab_size=1_000_000, hidden_size=1024).save_pretrained(tmp_path / "huge")
+    assert main([*command(files, "--json", "--examples", "16"), "--model", str(tmp_path / "huge")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert not any("4-bit" in note for note in answer["notes"])
+    assert {option["levels"]["learner"] for option in answer["options"]} == {"rag"}
+    assert any("first would be" in note and "if it could run: needs " in note for note in answer["notes"])
+
+
+def test_ties_go_to_the_cheapest_and_the_order_of_the_models_does_not_matter(
+    models: tuple[str, str], tmp_path: Path
+) -> None:
+    once, again = options(models, 100, HARD, 9000, tmp_path), options(models[::-1], 100, HARD, 9000, tmp_path)
+    assert [each.levels for each in once] == [each.levels for each in again]
+    assert all(each.reasons for each in once[:3])
+    for first, second in itertools.pairwise(once):
+        if first.strength == second.strength:
+            assert first.plan.estimate.seconds <= second.plan.estimate.seconds

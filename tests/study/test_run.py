@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedspine.cli import main
 from fedspine.errors import CheckpointError
 from fedspine.study.design import load_study
 from fedspine.study.report import FILES, report_study
@@ -157,3 +158,64 @@ def test_bm25_finds_the_item_with_the_rare_word() -> None:
     assert scores[0].argmax() == 1
     assert scores[0, 1] > 0
     assert not scores[1].any()
+
+
+def test_perturbed_cells_are_held_against_their_twins(tmp_path: Path) -> None:
+    levels = '["none", "dropout:0.4", "slowdown:0.4x4", "link:0.25", "memory:0.5"]'
+    path = write_study(tmp_path, f'scope = ["local", "federated"]\nbudget = [8]\nperturbation = {levels}')
+    path.write_text(path.read_text().replace("seeds = 2", "seeds = 1"))
+    study = load_study(path)
+    plans = {(p.cell.levels["scope"], p.cell.levels["perturbation"]): p.estimate for p in plan_study(study)}
+    assert len(plans) == 8  # nobody drops out at home, and there is no link
+    need = 1.25 * plans["federated", "none"].memory_bytes / 1e6
+    (tmp_path / "board.toml").write_text(DEVICE.format(need + 0.001))
+    (reason,) = {plan.estimate.infeasible for plan in plan_study(study) if plan.cell.levels["scope"] == "federated"}
+    assert "in a federation it counts as" in reason  # by the coarser formula of the virtual devices
+    (tmp_path / "board.toml").write_text(DEVICE.format(2 * need - 0.001))
+    plans = {(p.cell.levels["scope"], p.cell.levels["perturbation"]): p.estimate for p in plan_study(study)}
+    assert [plans["federated", level].steps for level in ("none", "slowdown:0.4x4", "memory:0.5")] == [8, 8, 4]
+    report = json.loads((report_study(path, run_study(path, tmp_path / "out")) / "report.json").read_text())
+    found = {(r["levels"]["scope"], r["levels"]["perturbation"]): r for r in report["robustness"]}
+    assert len(found) == 6
+    for (scope, level), row in found.items():
+        estimate, clean = plans[scope, level], plans[scope, "none"]
+        assert row["seconds"]["mean"] == pytest.approx(estimate.seconds / clean.seconds - 1, rel=0.05), (scope, level)
+        assert row["value"]["seeds"] == row["seconds"]["seeds"] == 1
+        assert row["value"]["low"] <= row["value"]["mean"] <= row["value"]["high"]
+    assert found["local", "slowdown:0.4x4"]["value"]["mean"] == 0.0
+    assert found["local", "slowdown:0.4x4"]["seconds"]["mean"] == pytest.approx(3.0)
+    assert found["local", "slowdown:0.4x4"]["bytes"] is None  # nothing was sent by either
+    assert found["federated", "link:0.25"]["value"]["mean"] == 0.0
+    assert found["federated", "dropout:0.4"]["bytes"]["mean"] < 0
+    assert "Robustness" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "examples = 8",
+            "examples = 0",
+            "none of the 2 cells can run; the first: examples = 0: retrieval from an empty",
+        ),
+        ("target = 0.6", 'metric = "mae"', "metric = 'mae' needs classes that are numbers, and task 'reviews' has bad"),
+        ('["rag"]', '["rags"]', "learner: 'rags' must be one of none, rag, lora"),
+        ("column:writer", "column:user", "partition = 'column:user': no such column in the data"),
+        (
+            "rank = 4",
+            'perturbation = "dropout:2"',
+            "perturbation = 'dropout:2': SHARE and SCALE must be numbers above 0",
+        ),
+    ],
+)
+def test_a_mistake_ends_with_code_2_before_anything_is_written(
+    old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, 'learner = ["rag"]')
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert main(["study", "run", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from fedspine.model import load_tokenizer
 from fedspine.study.design import Study, load_study
 from fedspine.study.language import ask
 from fedspine.study.metrics import of_answers, of_tokens, score_of
-from fedspine.study.protocols import Budget, robustness
+from fedspine.study.protocols import Budget, slowed
 from fedspine.study.recommend import recommend
 from fedspine.study.report import report_study
 from fedspine.study.run import plan_study, results, run_study
@@ -118,9 +118,9 @@ def test_answers_are_scored_against_the_responses() -> None:
 
 def test_worse_is_less_where_scores_are_below_zero() -> None:
     curve = trace(-4.0, -2.0)
-    assert robustness(curve, Budget(seconds=20), slowdown=2.0) == -1.0
-    assert robustness(curve, Budget(seconds=20), slowdown=1.0) == 0.0
-    assert robustness(trace(-3.0, -2.0), Budget(seconds=20), slowdown=2.0) == pytest.approx(-0.5)
+    assert slowed(curve, Budget(seconds=20), slowdown=2.0) == -1.0
+    assert slowed(curve, Budget(seconds=20), slowdown=1.0) == 0.0
+    assert slowed(trace(-3.0, -2.0), Budget(seconds=20), slowdown=2.0) == pytest.approx(-0.5)
 
 
 def test_half_of_the_words_are_given() -> None:
@@ -294,7 +294,7 @@ def test_recommendations_for_texts(folder: Path, tmp_path: Path) -> None:
     names = [rows, *(rows.replace('"writer": "', f'"writer": "{more}') for more in "xy")]  # nine writers
     (tmp_path / "rows.jsonl").write_text("".join(names))
     (tmp_path / "task.toml").write_text(KEYS.format(data="rows.jsonl") + "max_length = 32\n")
-    found = recommend(board, str(tmp_path / "task.toml"), 10, 1.0, models=(model,), encoder=model, probe_minutes=1e-3)
+    found = recommend(board, str(tmp_path / "task.toml"), 10, 1.0, models=(model,), encoder=model, probe_minutes=0.02)
     assert {option.levels["learner"] for option in found.options} == {"rag", "lora", "rag+lora"}
     assert {option.levels["compression"] for option in found.options if option.levels["learner"] == "rag"} == {
         "none", "bf16", "width:0.5",
