@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +53,34 @@ def device_state(population: Population, seed: int, device: int, round: int) -> 
     )
 
 
+class Meter(Protocol):
+    """What a device's part in a round costs."""
+
+    @property
+    def memory_bytes(self) -> float:
+        """That training may use."""
+
+    def out_of_memory(self, nbytes: float) -> bool: ...
+
+    def compute_seconds(self, flops: float, iterations: int) -> float: ...
+
+    def download_seconds(self, nbytes: float) -> float: ...
+
+    def upload_seconds(self, nbytes: float) -> float: ...
+
+    def peak_memory_bytes(self, needed: float) -> int:
+        """`needed`: by the cost formula."""
+
+
 @dataclass(frozen=True)
 class VirtualMeter:
     """Seconds that a device would have needed."""
 
     state: DeviceState
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.state.memory_bytes
 
     def compute_seconds(self, flops: float, iterations: int) -> float:
         busy = flops / self.state.flops_per_second + iterations * self.state.iteration_seconds
@@ -70,7 +93,10 @@ class VirtualMeter:
         return self.state.latency_seconds + nbytes / self.state.upload_bytes_per_second
 
     def out_of_memory(self, nbytes: float) -> bool:
-        return nbytes > self.state.memory_bytes
+        return nbytes > self.memory_bytes
+
+    def peak_memory_bytes(self, needed: float) -> int:
+        return int(needed)
 
     def probe(self, flops: float) -> Probe:
         """Time a local iteration, or a part of one, of `flops`, and a small transfer."""
