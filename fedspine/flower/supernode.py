@@ -9,8 +9,10 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,10 @@ from fedspine.processes import program, terminable
 
 CONNECT_SECONDS = 10.0
 KEPT_LINES = 40
+NOT_ACTIVATED = "Failed to activate SuperNode"
+"""What Flower says of a key that is unknown, or in use."""
+LAST_SECONDS = 2.0
+"""For what a SuperNode that ended has printed."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,18 @@ def join(device: Device, tell: Callable[[str], None]) -> None:
         terminable(),
         program(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
     ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            said.append(line)
-            tell(line.rstrip())
+
+        def repeat() -> None:
+            with suppress(ValueError):  # closed: the device was stopped
+                for line in process.stdout or ():
+                    said.append(line)
+                    tell(line.rstrip())
+
+        # In a thread: what the SuperNode started has its output too, and lives until the SuperNode is waited for.
+        reader = threading.Thread(target=repeat, daemon=True)
+        reader.start()
         process.wait()
+        reader.join(timeout=LAST_SECONDS)
     if process.returncode:
         raise FederationError(_reason(device, "".join(said)))
 
@@ -125,6 +138,8 @@ def _check_server(device: Device) -> None:
             if device.certificates:
                 context = ssl.create_default_context(cafile=str(device.certificates / AUTHORITY))
                 context.wrap_socket(connection, server_hostname=host).close()
+            elif not _speaks_plainly(connection):
+                raise FederationError(f"--server {device.server}: it speaks TLS only; join with --certificates")
     except ssl.SSLCertVerificationError as error:
         raise CertificateError(
             f"--server {device.server}: its certificate is not accepted ({error.verify_message}); {AUTHORITY} must "
@@ -142,5 +157,18 @@ def _check_server(device: Device) -> None:
         ) from None
 
 
+def _speaks_plainly(connection: socket.socket) -> bool:
+    with suppress(OSError):
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return connection.recv(4) == b"HTTP"
+    return False
+
+
 def _reason(device: Device, said: str) -> str:
+    if NOT_ACTIVATED in said:
+        return (
+            f"--name {device.name}: the server at {device.server} refuses it: it does not know the key (copy "
+            f"{device.name}.pub into its --certificates folder and start it again), or another machine joined with it, "
+            "or this one did and was killed less than two minutes ago"
+        )
     return f"the SuperNode of {device.name} ended: {last_lines(said)}"

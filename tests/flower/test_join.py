@@ -240,6 +240,9 @@ def test_another_server_is_not_joined(certificates: Path, tmp_path: Path, capsys
         refused(capsys, ["join", "--server", server, *joining], "its certificate is not accepted")
     with listening(None) as server:
         refused(capsys, ["join", "--server", server, *joining], "it does not speak TLS")
+    plain = ["--name", "a", "--insecure", "--state", str(tmp_path / "state")]
+    with listening(tmp_path / "other") as server:
+        refused(capsys, ["join", "--server", server, *plain], "it speaks TLS only; join with --certificates")
 
 
 def test_serve_says_what_is_wrong(
