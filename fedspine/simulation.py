@@ -239,7 +239,7 @@ class _Run:
         )
         self._warm_up(exchange)
         startup_seconds = time.perf_counter() - began
-        with Curves(self.directory / "tensorboard", state.round) as curves:
+        with Curves(self.directory / "tensorboard", state.round, config.cost) as curves:
             history = list(records)
             state, finished = run_rounds(federation, state, records, lambda s, r: self._save(s, r, curves, history))
         state = prune_everyone(federation, state, finished)
@@ -280,6 +280,8 @@ class _Run:
         return OVERHEAD * relative * config.sampled * config.local_iterations * step / parallel
 
     def _device_types(self) -> tuple[str, ...]:
+        if self.config.cost == "measured":
+            return ("real",) * self.config.devices
         population, seed = self.bench.population, self.config.seed
         return tuple(device_state(population, seed, device, 1).type_name for device in range(self.config.devices))
 

@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(base: Path) -> Iterator[Start]:
-    """Starts `fedspine` with these arguments in the folder; at the end it is told to stop, and leaves nothing behind."""
+    """Starts `fedspine` with these arguments in the folder; at the end it has to stop and leaves nothing behind."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
 
