@@ -18,6 +18,7 @@ EXAMPLES = """examples:
 The configuration is that of a simulation; devices is the number of keys in the certificates folder. With
 -s cost=measured times are the devices' own and not those of the virtual clock. The server needs data and model for
 its evaluation set, classes and start; a device needs the model, and rows: its own (join --data) or the run's.
+Keep the port to the network of the devices: whoever reaches it can submit runs, that is code, of his own.
 """
 
 

@@ -97,8 +97,18 @@ def identity(context: Context, server_root: str) -> int | str:
 
 
 def _as_node(context: Context, work: Callable[[Asked], Reply]) -> Callable[[Asked], Reply]:
-    """`work` under the run's configuration as it holds for this device."""
-    return lambda request: work(replace(request, settings=Node.of(context.node_config).settings(request.settings)))
+    """`work` under the run's configuration as it holds for this device. A person's mistake is told with its name."""
+
+    def working(request: Asked) -> Reply:
+        node = Node.of(context.node_config)
+        try:
+            return work(replace(request, settings=node.settings(request.settings)))
+        except FedSpineError as error:
+            if isinstance(node.identity, str):
+                raise type(error)(f"device {node.identity}: {error}") from None
+            raise
+
+    return working
 
 
 def _answer(

@@ -20,66 +20,69 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from fedspine.devices.measured import Link, write_link
 
 
-class _Stopwatch:
-    """Times the transfers of one direction of one message, which may be several at once."""
+class _Traffic:
+    """Bytes of a message one way, and the time in which at least one of its parts was on its way."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.clear()
+        self._under_way = 0
+        self._since = 0.0
+        self.bytes = 0
+        self.seconds = 0.0
 
-    def clear(self) -> None:
-        self.began, self.ended, self.bytes = 0.0, 0.0, 0
-
-    def add(self, began: float, nbytes: int) -> None:
+    def add(self, nbytes: int) -> None:
         with self._lock:
-            self.began = self.began or began
-            self.ended = time.perf_counter()
             self.bytes += nbytes
 
-    @property
-    def seconds(self) -> float:
-        return self.ended - self.began
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._under_way:
+                self._since = time.perf_counter()
+            self._under_way += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._under_way -= 1
+            if not self._under_way:
+                self.seconds += time.perf_counter() - self._since
 
 
 @contextmanager
 def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
     """`http_request_response` whose transfers go into the `Link` of this device."""
-    down, up = _Stopwatch(), _Stopwatch()
-    link = Link()
+    link, down, up = Link(), _Traffic(), _Traffic()
 
     with http_request_response(*arguments, **options) as connection:
         node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
 
-        def timed_receive() -> Any:
-            nonlocal link
+        def next_message() -> Any:
+            nonlocal link, down, up
             link = link.uploaded(up.bytes, up.seconds)
-            down.clear()
-            up.clear()
+            down, up = _Traffic(), _Traffic()
             return receive()
 
         def timed_get_fab(fab_hash: str, run: int) -> Any:
             nonlocal link
-            began = time.perf_counter()
-            fab = get_fab(fab_hash, run)
-            link = link.downloaded(len(fab.content), time.perf_counter() - began)
+            app = _Traffic()
+            with app:
+                fab = get_fab(fab_hash, run)
+            link = link.downloaded(len(fab.content), app.seconds)
             return fab
 
         def timed_pull(run: int, name: str) -> bytes:
-            began = time.perf_counter()
-            content = pull_object(run, name)
-            down.add(began, len(content))
+            with down:
+                content: bytes = pull_object(run, name)
+            down.add(len(content))
             return content
 
         def timed_send(*parts: Any) -> Any:
-            began = time.perf_counter()
-            answer = send(*parts)
-            up.add(began, 0)
-            return answer
+            with up:
+                return send(*parts)
 
         def timed_push(run: int, session: str, name: str, content: bytes) -> None:
-            began = time.perf_counter()
-            push_object(run, session, name, content)
-            up.add(began, len(content))
+            with up:
+                push_object(run, session, name, content)
+            up.add(len(content))
 
         def timed_confirm(run: int, message: str) -> None:
             nonlocal link
@@ -87,7 +90,7 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
             link = link.downloaded(down.bytes, down.seconds)
             write_link(link)
 
-        yield node_id, timed_receive, timed_send, get_run, timed_get_fab, timed_pull, timed_push, timed_confirm
+        yield node_id, next_message, timed_send, get_run, timed_get_fab, timed_pull, timed_push, timed_confirm
 
 
 if __name__ == "__main__":

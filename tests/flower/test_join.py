@@ -23,16 +23,20 @@ from fedspine.config import RunConfig
 from fedspine.data.prepared import prepare
 from fedspine.devices.measured import LINK_VARIABLE, Link, MeasuredMeter, read_link, write_link
 from fedspine.errors import ConfigError, DataError, FederationError
+from fedspine.federation import Exchange
 from fedspine.flower import timed_supernode
 from fedspine.flower.client_app import make_client_app
+from fedspine.flower.engines import run_federation
 from fedspine.flower.exchange import GridExchange
 from fedspine.flower.inline import InlineGrid
 from fedspine.flower.node import Node
+from fedspine.run_directory import resumed_config
+from fedspine.simulation import run_server, simulate
 from fedspine.structure import Structure
 from fedspine.types import TRAINED, Action, ProbeRequest, TrainRequest
 from fedspine.workbench import workbench
 from tests.flower import fakes
-from tests.small_run import KEYS, write_data, write_model
+from tests.small_run import KEYS, figures, rounds, write_data, write_model
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +293,33 @@ def test_the_bundle_holds_the_package_and_the_configuration(tmp_path: Path) -> N
     assert (values.pop("directory"), values.pop("resume")) == (str(tmp_path), False)
     assert RunConfig.from_values(values) == config
     assert json.dumps(values)
+
+
+def test_the_server_of_a_deployment_continues_a_run(config: RunConfig, tmp_path: Path) -> None:
+    def served(config: RunConfig, resume: bool) -> None:
+        def run(exchange: Exchange) -> None:
+            run_server(config, Impatient(exchange, 99 if resume else 4), tmp_path / "run", resume)
+
+        run_federation(run, devices=config.devices)
+
+    with pytest.raises(KeyboardInterrupt):
+        served(config, resume=False)
+    assert len(rounds(tmp_path / "run")) == 3
+    served(resumed_config(tmp_path / "run"), resume=True)
+    whole = simulate(config, out=tmp_path / "whole").directory
+    assert rounds(tmp_path / "run") == rounds(whole)
+    assert figures(tmp_path / "run") == figures(whole)
+
+
+class Impatient:
+    """An exchange that is interrupted in a round."""
+
+    def __init__(self, exchange: Exchange, rounds: int) -> None:
+        self.probe, self.evaluate = exchange.probe, exchange.evaluate
+        self._exchange, self._left = exchange, rounds
+
+    def train(self, *arguments: Any) -> Any:
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+        return self._exchange.train(*arguments)
