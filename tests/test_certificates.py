@@ -80,7 +80,7 @@ def test_a_device_can_be_added_and_nothing_is_overwritten(tmp_path: Path, capsys
     folder = str(tmp_path / "federation")
     assert main(["certificates", folder, "--host", "localhost", "--nodes", "a"]) == 0
     assert main(["certificates", folder, "--nodes", "b"]) == 0
-    assert "b.pub   to the server" in capsys.readouterr().out
+    assert "b.pub: to the server" in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     for again, words in (
         (["--host", "localhost", "--nodes", "c"], "ca.crt exists already"),

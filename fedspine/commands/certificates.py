@@ -42,11 +42,11 @@ def run(options: argparse.Namespace) -> int:
     made = make_certificates(options.directory, options.host, nodes)
     where = options.directory
     if made.authority:
-        print(f"{where}/ca.key                    keep it to yourself; nobody else ever needs it")
-        print(f"{where}/ca.crt server.crt server.key *.pub   to the server: its --certificates folder")
+        print(f"{where}/ca.key: nobody needs it any more; keep it to yourself, or delete it")
+        print(f"{where}/ca.crt, server.crt, server.key, *.pub: to the server, as its --certificates folder")
     for node in made.nodes:
-        print(f"{where}/ca.crt {node}.key   to device {node}: its --certificates folder")
+        print(f"{where}/ca.crt, {node}.key: to device {node}, as its --certificates folder")
     if made.nodes and not made.authority:
-        print(f"{where}/{' '.join(f'{node}.pub' for node in made.nodes)}   to the server, then start it again")
-    print("Only their owner can read these files; a .key must never be shared.")
+        print(f"{where}/{', '.join(f'{node}.pub' for node in made.nodes)}: to the server; start it again then")
+    print("Only you can read these files. A key must be on its own machine only.")
     return 0

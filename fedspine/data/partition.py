@@ -62,7 +62,7 @@ def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
             if _short(parts, labels, config) is None:
                 break
     else:
-        raise ConfigError(f"partition = '{kind}': must be auto, iid, dirichlet, shards or column:NAME, or all")
+        raise ConfigError(f"partition = '{kind}': must be auto, iid, dirichlet, shards, all or column:NAME")
     _check(parts, labels, task, config)
     return parts
 
