@@ -155,14 +155,16 @@ def _await_devices(
     control: Control, devices: int, keys: Mapping[str, bytes], check_alive: Callable[[], None], tell: Tell
 ) -> None:
     before: list[str] | None = None
-    while len(online := control.online()) < devices or before is None:
+    while True:
+        online = control.online()
         if online != before:
             missing = ", ".join(name for name in keys if name not in online)
             tell(f"{len(online)} of {devices} devices joined{f'; missing: {missing}' if missing else ''}")
             before = online
+        if len(online) >= devices:
+            return
         check_alive()
-        time.sleep(POLL_SECONDS if len(online) < devices else 0)
-    tell(f"all {devices} devices joined")
+        time.sleep(POLL_SECONDS)
 
 
 def _follow(

@@ -133,10 +133,10 @@ def _check_server(device: Device) -> None:
     if match is None:
         raise ConfigError(f"--server {device.server}: must be HOST:PORT, as `fedspine serve` prints it")
     host, port = match[1], int(match[2])
+    context = _context(device.certificates / AUTHORITY) if device.certificates else None
     try:
         with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
-            if device.certificates:
-                context = ssl.create_default_context(cafile=str(device.certificates / AUTHORITY))
+            if context:
                 context.wrap_socket(connection, server_hostname=host).close()
             elif not _speaks_plainly(connection):
                 raise FederationError(f"--server {device.server}: it speaks TLS only; join with --certificates")
@@ -155,6 +155,14 @@ def _check_server(device: Device) -> None:
             f"--server {device.server}: cannot be reached ({error}); start `fedspine serve` there first, and open the "
             "port in its firewall"
         ) from None
+
+
+def _context(authority: Path) -> ssl.SSLContext:
+    """Errors: `CertificateError` when the file is no certificate."""
+    try:
+        return ssl.create_default_context(cafile=authority)
+    except ssl.SSLError as error:
+        raise CertificateError(f"{authority}: no certificate ({error.reason})") from None
 
 
 def _speaks_plainly(connection: socket.socket) -> bool:

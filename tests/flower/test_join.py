@@ -197,11 +197,13 @@ def test_join_says_what_is_wrong(
     Path("empty.tsv").touch()
     Path("a.key").write_text("no key")
     Path("ca.crt").write_text("no certificate")
+    Path("b.key").write_bytes((certificates / "b.key").read_bytes())
     secure = ["--certificates", str(certificates)]
     for name, server, more, words in (
         ("a b", nobody, secure, "name 'a b': must be letters"),
         ("c", nobody, secure, "it holds no c.key; copy it from where"),
         ("a", nobody, ["--certificates", "."], "a.key: no private key"),
+        ("b", nobody, ["--certificates", "."], "ca.crt: no certificate"),
         ("a", nobody, [*secure, "--data", "absent.tsv"], "--data absent.tsv: there is no such file or folder"),
         ("a", nobody, [*secure, "--data", "empty.tsv"], "--data empty.tsv: it is empty"),
         ("a", nobody, [*secure, "--device", "phone"], "population = 'phone': neither a file nor"),
