@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedspine.commands.arguments import Subparsers
+from fedspine.commands.arguments import Subparsers, add_run_arguments
 from fedspine.config import load_config, parse_override
 from fedspine.errors import ConfigError
 
@@ -18,7 +18,7 @@ EXAMPLES = """examples:
 The configuration is that of a simulation; devices is the number of keys in the certificates folder. With
 -s cost=measured times are the devices' own and not those of the virtual clock. The server needs data and model for
 its evaluation set, classes and start; a device needs the model, and rows: its own (join --data) or the run's.
-Keep the port to the network of the devices: whoever reaches it can submit runs, that is code, of his own.
+Other machines can join at the port, and nothing else: runs are submitted on this one.
 """
 
 
@@ -30,11 +30,7 @@ def add(commands: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EXAMPLES,
     )
-    serve.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="keys of the run")
-    serve.add_argument(
-        "-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key (see `fedspine keys`)"
-    )
-    serve.add_argument("--out", metavar="DIR", help="new directory of the run (default: runs/METHOD-DATE-TIME)")
+    add_run_arguments(serve, "METHOD")
     serve.add_argument("--resume", metavar="DIR", help="continue the run in DIR")
     trust = serve.add_mutually_exclusive_group(required=True)
     trust.add_argument(
@@ -74,10 +70,10 @@ def run(options: argparse.Namespace) -> int:
             port=options.port,
             state=options.state,
             resume=bool(options.resume),
-            tell=lambda line: print(line, file=sys.stderr, flush=True),
+            tell=(lambda _: None) if options.json else lambda line: print(line, file=sys.stderr, flush=True),
         )
     except KeyboardInterrupt:
         print(f"\nfedspine: interrupted; continue with: fedspine serve --resume {directory} ...", file=sys.stderr)
         return 130
-    print(directory)
+    print((directory / "summary.json").read_text(encoding="utf-8").strip() if options.json else directory)
     return 0

@@ -1,6 +1,7 @@
 """`fedspine serve`: Flower's SuperLink, the devices that it accepts, and one run over them.
 
-All traffic is TLS, and devices sign what they send, unless `insecure`. Nothing is installed at run time.
+All traffic is TLS, and devices sign what they send, unless there are no certificates. Nothing is installed at run
+time, and runs can be submitted from this machine only (`guarded_superlink`).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def superlink_command(certificates: Path | None, host: str, port: int, state: Pa
             "--enable-supernode-auth",
         ]
     return [
-        str(Path(sys.executable).with_name("flower-superlink")),
+        *(sys.executable, "-m", "fedspine.flower.guarded_superlink"),
         *secured,
         f"--host={host}",
         f"--port={port}",

@@ -114,6 +114,8 @@ def supernode_command(device: Device) -> list[str]:
 def _readable(data: Path) -> Path:
     """Absolute. Errors: `DataError` when nothing is there."""
     path = data.expanduser().absolute()
+    if '"' in str(path):
+        raise DataError(f"--data {data}: Flower takes no path with a quotation mark in it; rename the file or folder")
     if not path.exists():
         raise DataError(f"--data {data}: there is no such file or folder")
     empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import ssl
@@ -22,7 +23,7 @@ from fedspine.cli import main
 from fedspine.config import RunConfig
 from fedspine.data.prepared import prepare
 from fedspine.devices.measured import LINK_VARIABLE, Link, MeasuredMeter, read_link, write_link
-from fedspine.errors import ConfigError, DataError, FederationError
+from fedspine.errors import ConfigError, DataError, FederationError, ModelError
 from fedspine.federation import Exchange
 from fedspine.flower import timed_supernode
 from fedspine.flower.client_app import make_client_app
@@ -325,3 +326,35 @@ class Impatient:
         if not self._left:
             raise KeyboardInterrupt
         return self._exchange.train(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("path", "client", "status"),
+    [
+        ("/v1/fleet/pull-messages", "10.0.0.7", 200),
+        ("/v1/control/start-run", "10.0.0.7", 403),
+        ("/v1/runtime/acquire-task", "10.0.0.7", 403),
+        ("/v1/control/start-run", "127.0.0.1", 200),
+        ("/v1/control/start-run", "10.0.0.1", 200),  # the server's own address
+    ],
+)
+def test_other_machines_are_devices_only(path: str, client: str, status: int) -> None:
+    from fedspine.flower.guarded_superlink import guarded
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    scope = {"type": "http", "path": path, "client": (client, 5), "server": ("10.0.0.1", 9092)}
+    asyncio.run(guarded(app)(scope, None, send))
+    assert sent[0]["status"] == status
+
+
+def test_a_mistake_on_a_device_is_told_with_its_name() -> None:
+    exchange = GridExchange(named("a", "b"), 2)
+    with pytest.raises(ModelError, match=f"device b: {fakes.USER_MISTAKE}"):
+        exchange.train([fakes.train_request(1, rank=14)], lambda _: None)
