@@ -12,8 +12,8 @@ EXAMPLES = """examples:
   fedspine join --server 10.0.0.1:9092 --name jetson-1 --data reviews.tsv --certificates federation
   fedspine join --server 10.0.0.1:9092 --name jetson-1 --insecure    a trial; trains on its part of the run's data
 
-Rows never leave the device: the server learns how many there are, and the adapters trained on them. The model of the
-run must be on the device too: at the same path, or as a hub name. It stays connected from run to run until stopped.
+Rows never leave the device: the server learns how many there are, adapters and scores trained on them, and losses. The
+model of the run must be on the device too: at the same path, or as a hub name. It stays connected until stopped.
 """
 
 
