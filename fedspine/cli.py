@@ -7,7 +7,19 @@ import sys
 from collections.abc import Sequence
 
 from fedspine import __version__
-from fedspine.commands import bench, compare, export, keys, recommend, schedule, simulate, study
+from fedspine.commands import (
+    bench,
+    certificates,
+    compare,
+    export,
+    join,
+    keys,
+    recommend,
+    schedule,
+    serve,
+    simulate,
+    study,
+)
 from fedspine.errors import FedSpineError
 
 
@@ -32,6 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedspine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (simulate, compare, study, recommend, export, bench, schedule, keys):
+    for command in (simulate, compare, study, recommend, export, bench, schedule, certificates, serve, join, keys):
         command.add(commands)
     return parser

@@ -5,6 +5,7 @@ In a simulation one process stands in for many devices, on one workbench.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ from fedspine.config import RunConfig
 from fedspine.controller.schedule import warmup_rounds
 from fedspine.cost import FLOAT_BYTES
 from fedspine.data.encode import Batch, Encoded, balanced_sample
-from fedspine.devices.clock import VirtualMeter, device_state
+from fedspine.devices.clock import Meter, VirtualMeter, device_state
+from fedspine.devices.measured import MeasuredMeter
 from fedspine.logit_adjustment import logit_shift
 from fedspine.lora.adapters import narrow, nbytes, rank_of, ranks_of, widen
 from fedspine.lora.factors import BOTH, completed, known_to, of_sides, on_the_wire, shared, trained_sides
@@ -46,6 +48,8 @@ from fedspine.types import (
 from fedspine.workbench import Workbench, configure_threads, workbench
 
 PROBE_PART = 8
+TIMED_STEPS = 4
+"""Local iterations of a measurement."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Local:
 
     request: TrainRequest
     data: Encoded
-    meter: VirtualMeter
+    meter: Meter
     report: Report
 
     def finished(
@@ -86,6 +90,7 @@ class Local:
             loss_before=losses[0],
             loss_after=losses[1],
             update_norm=update_norm(start, arrays, bench.shape, config.lora_scale),
+            peak_memory_bytes=meter.peak_memory_bytes(self.report.peak_memory_bytes),
             rank_after=rank_of(arrays, bench.shape),
             module_salience=salience,
             wall=wall,
@@ -107,10 +112,17 @@ def train(request: TrainRequest, own: bool = False) -> TrainReply:
     return local if isinstance(local, TrainReply) else tuned(local, bench, watch, own)
 
 
+def meter_of(bench: Workbench, request: TrainRequest | ProbeRequest) -> VirtualMeter | MeasuredMeter:
+    """Of the run's clock. Errors: `FederationError` when a device is to measure that has no means to."""
+    if bench.config.cost == "measured":
+        return MeasuredMeter()
+    return VirtualMeter(device_state(bench.population, bench.config.seed, request.device, request.round))
+
+
 def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
     """Download what the request holds; the reply of a device that drops out, or lacks memory for it."""
     config, workload, shape = bench.config, bench.workload, bench.shape
-    meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
+    meter = meter_of(bench, request)
     arrays = completed(request.arrays, known_to(request, config, bench.start, shape), request.structure, shape)
     needed = workload.memory_bytes(request.structure, workload.mean_rank(ranks_of(arrays, shape)))
     download = _traffic(request.arrays, request.structure, request.scores, config)
@@ -211,13 +223,33 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
 
 
 def probe(request: ProbeRequest) -> Probe:
-    """Time a local iteration, or a part of its batch, and a small transfer, before the round's choice is made."""
+    """Time a local iteration, or a part of its batch, and a small transfer, before the round's choice is made.
+
+    A measured probe times whole iterations, and takes the rates of the link from what has been sent so far.
+    """
     bench = workbench(request.settings)
+    meter = meter_of(bench, request)
+    flops = bench.workload.iteration_flops(request.structure.counts(), request.lora_rank)
+    if isinstance(meter, VirtualMeter):
+        return meter.probe(bench.config.probe_share * flops)
+    seconds = iteration_seconds(bench, request.device, request.structure, request.lora_rank)
+    return Probe(seconds / flops, meter.seconds_per_byte, meter.compute_seconds(flops, 1), 0)
+
+
+def iteration_seconds(bench: Workbench, device: int, structure: Structure, rank: int) -> float:
+    """Wall time of a local iteration on this machine: the mean of a few, after one to warm up."""
     config = bench.config
-    meter = VirtualMeter(device_state(bench.population, config.seed, request.device, request.round))
-    return meter.probe(
-        config.probe_share * bench.workload.iteration_flops(request.structure.counts(), request.lora_rank)
-    )
+    bench.resident.mount(structure, narrow(bench.start, structure, rank, bench.shape))
+    optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
+    batches = list(bench.training_batches(device, 0, 1 + TIMED_STEPS))
+    tune(bench.resident, optimizer, batches[:1], _nothing, _nothing, Stopwatch())
+    began = time.perf_counter()
+    tune(bench.resident, optimizer, batches[1:], _nothing, _nothing, Stopwatch())
+    return (time.perf_counter() - began) / TIMED_STEPS
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def evaluate_device(request: EvaluateRequest, own: bool = False) -> EvaluateReply:

@@ -55,6 +55,7 @@ class RunConfig:
     text_column: str = _key("", "column with the text; empty: found by its usual names")
     text_pair_column: str = _key("", "column with the second text of a pair; empty: found, or none")
     label_column: str = _key("", "column with the label; empty: found by its usual names")
+    classes: tuple[str, ...] = _key((), "labels in the order of the model's outputs; empty: those of the training rows")
     instruction_column: str = _key("", "task=causal-lm: column with the instruction; empty: found, or none")
     context_column: str = _key("", "task=causal-lm: column with what belongs to the instruction; empty: found, or none")
     response_column: str = _key(
@@ -74,7 +75,7 @@ class RunConfig:
     close_at: float = _key(1.0, "share of a round's devices whose replies close it; 1: all of them", min=0.05, max=1.0)
     max_staleness: int = _key(4, "close_at below 1: rounds after which a late reply is dropped", min=1, max=1000)
     partition: str = _key(
-        "auto", "who has which rows: auto, iid, dirichlet, shards, or column:NAME (one device per value)"
+        "auto", "who has which rows: auto, iid, dirichlet, shards, column:NAME (one device per value), or all"
     )
     dirichlet_alpha: float = _key(1.0, "label skew of partition=dirichlet; smaller is more skewed", min=0.01, max=1e4)
     min_classes: int = _key(2, "classes that every device must hold; 1 allows one-class devices", min=1)
@@ -83,15 +84,17 @@ class RunConfig:
         "none", "what goes wrong on the simulated devices: none, dropout:SHARE, slowdown:SHARExFACTOR, link:SCALE or "
         "memory:SCALE (in the second half of the rounds)",
     )  # fmt: skip
+    cost: str = _key(
+        "virtual", "what times a device: the clock of the catalogue, or in a real federation its own",
+        "virtual", "measured",
+    )  # fmt: skip
 
     # local training
     local_iterations: int = _key(20, "optimiser steps of a device in a round", min=1, max=100_000)
     local_work: str = _key(
-        "equal",
-        "all local_iterations for every device, or down to a quarter where that saves time",
-        "equal",
-        "deadline",
-    )
+        "equal", "all local_iterations for every device, or down to a quarter where that saves time",
+        "equal", "deadline",
+    )  # fmt: skip
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
@@ -175,12 +178,9 @@ class RunConfig:
     )  # fmt: skip
     fixed_rank: int = _key(8, "rank of policy=fixed and of a safe first choice", min=1, max=1024)
     reward: str = _key(
-        "lateness",
-        "reward of a choice: one-sided lateness, the paper's form, or FedMP's, of the loss alone",
-        "lateness",
-        "paper",
-        "fedmp",
-    )
+        "lateness", "reward of a choice: one-sided lateness, the paper's form, or FedMP's, of the loss alone",
+        "lateness", "paper", "fedmp",
+    )  # fmt: skip
     probe: str = _key(
         "always",
         "time a part of an iteration and a small transfer before a configuration is fixed: in a device's first round, "
@@ -314,10 +314,11 @@ def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     name = field.name
     if kind is tuple[str, ...] or kind == tuple[str, ...]:
         items = tuple(value.split(",")) if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)) or not items or not all(isinstance(item, str) for item in items):
+        words = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
+        if not words or (field.default and not items):
             raise ConfigError(f"{name} = {value!r}: must be a list of words, such as {_toml(field.default)}")
         for item in items:
-            if item not in key.choices:
+            if key.choices and item not in key.choices:
                 raise ConfigError(f"{name} = {value!r}: '{item}' must be one of {', '.join(key.choices)}")
         return tuple(items)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -59,6 +59,15 @@ def check_together(config: RunConfig) -> None:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
 
 
+def check_simulated(config: RunConfig) -> None:
+    """Errors: `ConfigError` for what only a real federation can do."""
+    if config.cost != "virtual":
+        raise ConfigError(
+            f"cost = '{config.cost}': simulated devices have no clock but the virtual one; use cost = 'virtual', or "
+            "run it on real devices with `fedspine serve`"
+        )
+
+
 def check_deployable(config: RunConfig) -> None:
     """Errors: `ConfigError` for what only a simulation can do."""
     if config.close_at < 1:
@@ -67,6 +76,11 @@ def check_deployable(config: RunConfig) -> None:
         )
     if config.perturbation != "none":
         raise ConfigError(f"perturbation = '{config.perturbation}': devices are real here; use perturbation = 'none'")
+    if config.cost == "measured" and config.policy == "clairvoyant":
+        raise ConfigError(
+            "policy = 'clairvoyant': nobody knows the true times of real devices beforehand; use another policy, or "
+            "cost = 'virtual'"
+        )
     for key, stateless in (("fold", "none"), ("trained_factors", "both")):
         value = getattr(config, key)
         if value in ("all", "residual", "local-b"):

@@ -33,3 +33,7 @@ class CheckpointError(FedSpineError):
 
 class FederationError(FedSpineError):
     """A round cannot be finished, for example because too few devices replied."""
+
+
+class CertificateError(FedSpineError):
+    """A certificate or a key is absent, wrong, or would be overwritten."""

@@ -1,4 +1,4 @@
-"""Several commands at a time, one process each: stopped together, at the first failure or when interrupted."""
+"""Processes that are stopped together: several commands at a time, or a program with all that it starts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
+
+import psutil
 
 from fedspine.errors import FederationError
 
 _POLL_SECONDS = 0.5
+STOP_SECONDS = 15.0
+"""For a program to end by itself."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> None:
             stop.set()
         return failure
 
-    with _terminable(), ThreadPoolExecutor(parallel) as pool:
+    with terminable(), ThreadPoolExecutor(parallel) as pool:
         try:
             failures = [failure for failure in pool.map(one, jobs) if failure]
         except BaseException:  # interrupted: the processes end too
@@ -55,7 +60,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM interrupts, as control-C does: a process that just ended would leave its jobs behind."""
     if threading.current_thread() is not threading.main_thread():  # handlers are set there only
         yield
@@ -65,6 +70,28 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A running program; at the end of the block it and all that it started are stopped. `options`: of `Popen`."""
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            family = _family(process.pid)
+            for stop in (psutil.Process.terminate, psutil.Process.kill):
+                for each in family:
+                    with suppress(psutil.NoSuchProcess):
+                        stop(each)
+                _, family = psutil.wait_procs(family, timeout=STOP_SECONDS)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
 
 
 def _run(job: Job, running: set[subprocess.Popen[str]], stop: threading.Event) -> str | None:

@@ -1,4 +1,4 @@
-"""Where a run goes: a new directory, refused when something is in it."""
+"""Where a run goes: a new directory, refused when something is in it, or that of a run that goes on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
+from fedspine.config import RunConfig, load_config
 from fedspine.errors import CheckpointError
 
 
@@ -24,6 +25,15 @@ def free_directory(out: str | Path | None, name: str, resumable: bool = True) ->
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"--out {directory}: no permission to write there")
     return directory
+
+
+def resumed_config(directory: Path) -> RunConfig:
+    """Of a run's directory. Errors: `CheckpointError` when it is none."""
+    if not directory.is_dir():
+        raise CheckpointError(f"--resume {directory}: there is no such directory")
+    if not (directory / "config.toml").is_file():
+        raise CheckpointError(f"--resume {directory}: it holds no config.toml, so it is no run directory")
+    return load_config(directory / "config.toml", {})
 
 
 def _existing_parent(path: Path) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig, configured
+from fedspine.config_rules import check_simulated
 from fedspine.controller.cohort import choose_devices
 from fedspine.controller.history import History
 from fedspine.controller.policy import make_policy, rank_grid
@@ -88,6 +89,7 @@ def schedule(
     """
     began = time.perf_counter()
     config = configured(config, keys)
+    check_simulated(config)
     if not isinstance(surface, Surface):
         surface = DEFAULT if surface is None else Surface.of_run(Path(surface))
     directory = free_directory(out, "schedule", resumable=False)

@@ -11,15 +11,16 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedspine.checkpoint import FILE, load_state, save_state
-from fedspine.config import RunConfig, configured, load_config
-from fedspine.config_rules import check_deployable
+from fedspine.client_round import iteration_seconds
+from fedspine.config import RunConfig, configured
+from fedspine.config_rules import check_deployable, check_simulated
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
 from fedspine.data.prepared import shared
@@ -45,14 +46,12 @@ from fedspine.report.observer import Observer, RunPlan, Silent
 from fedspine.report.records import append_record, read_records, truncate_records, write_atomically
 from fedspine.report.summary import PeakMemory, collapse_warning, summarise
 from fedspine.report.tensorboard import Curves
-from fedspine.run_directory import free_directory
-from fedspine.stopwatch import Stopwatch
+from fedspine.run_directory import free_directory, resumed_config
 from fedspine.structure import Structure
-from fedspine.training import LocalOptimizer, evaluate, tune
+from fedspine.training import evaluate
 from fedspine.types import Arrays, ProbeRequest, RoundRecord
 from fedspine.workbench import Workbench, configure_threads, workbench
 
-TIMED_STEPS = 4
 OVERHEAD = 1.25
 """Evaluation, probe batches and aggregation, beside the local steps: for the expected time only."""
 
@@ -98,10 +97,11 @@ def simulate(
         if config is not None or out is not None or keys:
             raise ConfigError("resume continues a run as it was configured: leave out config, out and keys")
         directory = Path(resume)
-        config = _resumed_config(directory)
+        config = resumed_config(directory)
     else:
         config = configured(config, keys)
         directory = free_directory(out, config.method)
+    check_simulated(config)
     cluster = None
     if address is not None:
         _check_paths(config)
@@ -142,14 +142,22 @@ def fastest_engine(config: RunConfig, workers: int) -> str:
     return "ray" if workers > 1 else "inline"
 
 
-def run_server(config: RunConfig, exchange: Exchange) -> None:
-    """The server of a deployment: the same rounds over devices that joined by themselves, into a new run directory."""
+def run_server(
+    config: RunConfig, exchange: Exchange, directory: str | Path | None = None, resume: bool = False
+) -> None:
+    """The server of a deployment: the same rounds over devices that joined by themselves.
+
+    `directory`: of the run, new unless `resume` continues the one in it; by default a new one under `runs/`.
+    """
     began = time.perf_counter()
     check_deployable(config)
-    directory = free_directory(None, config.method)
-    run = _Run(config, workbench(config.to_json()), directory, Silent(), "deployment", config.sampled, PeakMemory())
+    place = Path(directory) if resume and directory else free_directory(directory, config.method)
+    bench = workbench(config.to_json())
+    if config.task == "classification":  # for devices that have data of their own
+        config = replace(config, classes=bench.data.classes)
+    run = _Run(config, bench, place, Silent(), "deployment", config.sampled, PeakMemory())
     run.check()
-    run.execute(exchange, *run.fresh(), began)
+    run.execute(exchange, *(run.restored() if resume else run.fresh()), began)
 
 
 @dataclass(frozen=True)
@@ -231,7 +239,7 @@ class _Run:
         )
         self._warm_up(exchange)
         startup_seconds = time.perf_counter() - began
-        with Curves(self.directory / "tensorboard", state.round) as curves:
+        with Curves(self.directory / "tensorboard", state.round, config.cost) as curves:
             history = list(records)
             state, finished = run_rounds(federation, state, records, lambda s, r: self._save(s, r, curves, history))
         state = prune_everyone(federation, state, finished)
@@ -264,14 +272,7 @@ class _Run:
         """Of the rounds: a few local steps of the uncut model, timed here, scaled by what will be cut."""
         config, bench = self.config, self.bench
         workload = bench.workload
-        full = Structure.full(bench.shape)
-        bench.resident.mount(full, narrow(bench.start, full, config.fixed_rank, bench.shape))
-        optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
-        batches = list(bench.training_batches(0, 0, 1 + TIMED_STEPS))
-        tune(bench.resident, optimizer, batches[:1], _nothing, _nothing, Stopwatch())
-        began = time.perf_counter()
-        tune(bench.resident, optimizer, batches[1:], _nothing, _nothing, Stopwatch())
-        step = (time.perf_counter() - began) / TIMED_STEPS
+        step = iteration_seconds(bench, 0, Structure.full(bench.shape), config.fixed_rank)
         floors = [floor_ratio(config, round) for round in range(1, config.rounds + 1)]
         relative = sum(workload.planned_flops(floor, config.fixed_rank) for floor in floors)
         relative /= workload.planned_flops(0.0, config.fixed_rank)
@@ -279,11 +280,17 @@ class _Run:
         return OVERHEAD * relative * config.sampled * config.local_iterations * step / parallel
 
     def _device_types(self) -> tuple[str, ...]:
+        if self.config.cost == "measured":
+            return ("real",) * self.config.devices
         population, seed = self.bench.population, self.config.seed
         return tuple(device_state(population, seed, device, 1).type_name for device in range(self.config.devices))
 
     def _warm_up(self, exchange: Exchange) -> None:
-        """Let every worker load model and data before the clock of the rounds starts."""
+        """Let every worker load model and data before the clock of the rounds starts. A real device loads them anew
+        for every message.
+        """
+        if self.engine == "deployment":
+            return
         count = min(self.config.devices, 2 * self.workers if self.engine == "ray" else 1)
         full = Structure.full(self.bench.shape)
         settings = self.config.to_json()
@@ -316,14 +323,6 @@ class _Run:
         )
 
 
-def _resumed_config(directory: Path) -> RunConfig:
-    if not directory.is_dir():
-        raise CheckpointError(f"--resume {directory}: there is no such directory")
-    if not (directory / "config.toml").is_file():
-        raise CheckpointError(f"--resume {directory}: it holds no config.toml, so it is no run directory")
-    return load_config(directory / "config.toml", {})
-
-
 def _check_paths(config: RunConfig) -> None:
     """Errors: `ConfigError` for a relative path: the workers on a cluster start in another folder."""
     for key in ("model", "data", "population"):
@@ -333,7 +332,3 @@ def _check_paths(config: RunConfig) -> None:
                 f"{key} = {value!r}: with address this must be an absolute path, and exist on every machine; "
                 f"here it is {os.path.abspath(value)!r}"
             )
-
-
-def _nothing(*_: object) -> None:
-    pass

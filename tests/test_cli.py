@@ -86,7 +86,10 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"label_column": "mood"}, "no column 'mood'; it has text, label, writer. Name it with label_column"),
     ({"partition": "column:owner"}, "partition = 'column:owner': no such column in the data"),
     ({"partition": "column:writer", "devices": 20}, "12 values for devices = 20; use at most 12 devices"),
-    ({"partition": "alphabetical"}, "partition = 'alphabetical': must be auto, iid, dirichlet, shards or column:NAME"),
+    (
+        {"partition": "alphabetical"},
+        "partition = 'alphabetical': must be auto, iid, dirichlet, shards, all or column:NAME",
+    ),
     ({"partition": "shards"}, "min_classes = 2; use fewer devices, a larger dirichlet_alpha or another partition"),
     ({"partition": "shards", "devices": 100, "min_classes": 1}, "has no rows; use fewer devices"),
     ({"population": "jetson-8"}, "population = 'jetson-8': neither a file nor one of the built-in catalogues"),

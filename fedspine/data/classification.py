@@ -25,12 +25,18 @@ def classification_task(config: RunConfig, train: pd.DataFrame, test: pd.DataFra
     text, pair = _text_columns(train, config)
     columns = (label, text, pair)
     frames = check_filled(config, "train", train, columns), check_filled(config, "evaluation", test, columns)
-    values = class_names(frames[0][label])
+    values = config.classes or class_names(frames[0][label])
     if len(values) < 2:
         raise DataError(
             f"data = '{config.data}': column '{label}' has only one class, '{values[0]}'; two or more are needed"
         )
     index = {value: number for number, value in enumerate(values)}
+    strange = set(frames[0][label].astype(str)) - set(values)
+    if strange:
+        raise DataError(
+            f"data = '{config.data}': its rows have the label '{sorted(strange)[0]}', which is not one of the run's "
+            f"{len(values)} classes: {', '.join(values[:8])}; rename the label, or leave these rows out"
+        )
     unknown = set(frames[1][label].astype(str)) - set(values)
     if unknown:
         raise DataError(

@@ -27,11 +27,15 @@ def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
 
     `auto` is `column:writer` where the task has that column, `dirichlet` elsewhere, and `iid` without classes. With
     more values than devices, `column:NAME` deals the sorted values out in turn. A Dirichlet draw that leaves a device
-    short is drawn again.
+    short is drawn again. With `all` every device has every row.
 
     Errors: `DataError` when a device has no rows or too few classes; `ConfigError` for an unknown partition.
     """
     kind = config.partition
+    if kind == "all":
+        parts = (np.arange(len(task.train)),) * config.devices
+        _check(parts[:1], task.train["label"].to_numpy(), task, config)
+        return parts
     if kind == "auto":
         kind = f"column:{OWNER}" if OWNER in task.train else "dirichlet" if len(task.classes) > 1 else "iid"
     labels = task.train["label"].to_numpy()
@@ -58,7 +62,7 @@ def partition_rows(task: TextTask, config: RunConfig) -> tuple[Rows, ...]:
             if _short(parts, labels, config) is None:
                 break
     else:
-        raise ConfigError(f"partition = '{kind}': must be auto, iid, dirichlet, shards or column:NAME")
+        raise ConfigError(f"partition = '{kind}': must be auto, iid, dirichlet, shards, all or column:NAME")
     _check(parts, labels, task, config)
     return parts
 

@@ -44,7 +44,7 @@ def load_task(config: RunConfig) -> TextTask:
     if config.eval_examples and config.eval_examples < len(task.test):
         rows = np.sort(np.random.default_rng([config.seed, 11]).permutation(len(task.test))[: config.eval_examples])
         task = TextTask(task.name, task.classes, task.train, task.test.iloc[rows].reset_index(drop=True))
-    if len(task.train) < config.devices:
+    if len(task.train) < config.devices and config.partition != "all":
         raise DataError(
             f"devices = {config.devices}: '{config.data}' has only {len(task.train)} training rows; "
             "use at most one device per row"

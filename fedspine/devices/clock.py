@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,11 +60,35 @@ def device_state(population: Population, seed: int, device: int, round: int) -> 
     )
 
 
+class Meter(Protocol):
+    """What a device's part in a round costs."""
+
+    @property
+    def memory_bytes(self) -> float:
+        """That training may use."""
+
+    def refusal(self, nbytes: float) -> tuple[str, str] | None:
+        """(outcome, why) when the device does not train in the round; `nbytes`: memory that it would need."""
+
+    def compute_seconds(self, flops: float, iterations: int) -> float: ...
+
+    def download_seconds(self, nbytes: float) -> float: ...
+
+    def upload_seconds(self, nbytes: float) -> float: ...
+
+    def peak_memory_bytes(self, needed: float) -> int:
+        """`needed`: by the cost formula."""
+
+
 @dataclass(frozen=True)
 class VirtualMeter:
     """Seconds that a device would have needed."""
 
     state: DeviceState
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.state.memory_bytes
 
     def compute_seconds(self, flops: float, iterations: int) -> float:
         busy = flops / self.state.flops_per_second + iterations * self.state.iteration_seconds
@@ -77,15 +101,15 @@ class VirtualMeter:
         return self.state.latency_seconds + nbytes / self.state.upload_bytes_per_second
 
     def out_of_memory(self, nbytes: float) -> bool:
-        return nbytes > self.state.memory_bytes
+        return nbytes > self.memory_bytes
+
+    def peak_memory_bytes(self, needed: float) -> int:
+        return int(needed)
 
     def refusal(self, nbytes: float) -> tuple[str, str] | None:
-        """(outcome, why) when the device does not train in the round; `nbytes`: memory that it would need."""
         if self.state.away:
             return FAILED, "dropped out of the round"
-        if self.out_of_memory(nbytes):
-            return OUT_OF_MEMORY, f"needs {nbytes / 1e6:.0f} MB of {self.state.memory_bytes / 1e6:.0f} MB"
-        return None
+        return lack_of_memory(nbytes, self.memory_bytes)
 
     def probe(self, flops: float) -> Probe:
         """Time a local iteration, or a part of one, of `flops`, and a small transfer."""
@@ -98,6 +122,13 @@ class VirtualMeter:
             seconds=compute + transfer,
             bytes=2 * PROBE_BYTES,
         )
+
+
+def lack_of_memory(needed: float, memory_bytes: float) -> tuple[str, str] | None:
+    """(outcome, why) where memory does not do."""
+    if needed <= memory_bytes:
+        return None
+    return OUT_OF_MEMORY, f"needs {needed / 1e6:.0f} MB of {memory_bytes / 1e6:.0f} MB"
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from flwr.clientapp import ClientApp
 import fedspine
 from fedspine.errors import FederationError, FedSpineError
 from fedspine.flower import records
+from fedspine.flower.node import Node
 from fedspine.types import EvaluateReply, EvaluateRequest, Probe, ProbeRequest, TrainReply, TrainRequest
 
 IDENTIFY = "query.identify"
@@ -29,6 +31,7 @@ EVALUATE = "evaluate"
 TrainGroup = Callable[[Sequence[TrainRequest]], list[TrainReply]]
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
+Asked = TypeVar("Asked", TrainRequest, ProbeRequest, EvaluateRequest)
 
 
 def make_client_app(
@@ -36,7 +39,7 @@ def make_client_app(
     probe: Callable[[ProbeRequest], Probe],
     evaluate: Callable[[EvaluateRequest], EvaluateReply],
 ) -> ClientApp:
-    """The app of a device. Which device it is comes from `partition-id` of its node configuration."""
+    """The app of a device. Which device it is, and which data it has, comes from its node configuration."""
     app = ClientApp()
     # Ray pickles these functions by value: `root` is where the server's process found the package.
     root = package_root()
@@ -47,15 +50,17 @@ def make_client_app(
 
     @app.query("probe")
     def on_probe(message: Message, context: Context) -> Message:
-        return _answer(message, records.unpack_probe_request, probe, records.pack_probe)
+        return _answer(message, records.unpack_probe_request, _as_node(context, probe), records.pack_probe)
 
     @app.train()
     def on_train(message: Message, context: Context) -> Message:
-        return _answer(message, records.unpack_train_request, train, records.pack_train_reply)
+        return _answer(message, records.unpack_train_request, _as_node(context, train), records.pack_train_reply)
 
     @app.evaluate()
     def on_evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, records.unpack_evaluate_request, evaluate, records.pack_evaluate_reply)
+        return _answer(
+            message, records.unpack_evaluate_request, _as_node(context, evaluate), records.pack_evaluate_reply
+        )
 
     return app
 
@@ -78,23 +83,32 @@ def require_same_root(app_file: str) -> None:
         )
 
 
-def identity(context: Context, server_root: str) -> int:
-    """The device that a node stands for.
+def identity(context: Context, server_root: str) -> int | str:
+    """The number or the name of the device that a node stands for.
 
-    Errors: `FederationError` without a `partition-id`, or when server and device run different copies of the code.
+    Errors: `FederationError` when it has neither, or when server and device run different copies of the code.
     """
     if package_root() != server_root:
         raise FederationError(
             f"a worker imported fedspine from {package_root()}, the server from {server_root}: "
             "start from a folder that holds no other 'fedspine'"
         )
-    device = context.node_config.get("partition-id")
-    if not isinstance(device, int) or isinstance(device, bool):
-        raise FederationError(
-            f"a device has partition-id = {device!r}: start its SuperNode with "
-            '--node-config "partition-id=N num-partitions=M", N a whole number from 0'
-        )
-    return device
+    return Node.of(context.node_config).identity
+
+
+def _as_node(context: Context, work: Callable[[Asked], Reply]) -> Callable[[Asked], Reply]:
+    """`work` under the run's configuration as it holds for this device. A person's mistake is told with its name."""
+
+    def working(request: Asked) -> Reply:
+        node = Node.of(context.node_config)
+        try:
+            return work(replace(request, settings=node.settings(request.settings)))
+        except FedSpineError as error:
+            if isinstance(node.identity, str):
+                raise type(error)(f"device {node.identity}: {error}") from None
+            raise
+
+    return working
 
 
 def _answer(

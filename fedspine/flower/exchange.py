@@ -1,14 +1,14 @@
 """`GridExchange`: requests to devices and their replies, over any Flower `Grid`.
 
 The round loop is ours, because Flower's strategies send one record to every node. Node ids are random in every run, so
-a device is known by the `partition-id` that its node answers to a query.
+a device is known by the number or the name that its node answers to a query. Names are numbered in their order.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -64,7 +64,8 @@ class GridExchange:
         self._poll_seconds = poll_seconds
         self._check_alive = check_alive
         self._stand_in = stand_in
-        self._device_of_node: dict[int, int] = {}
+        self._identities: dict[int, int | str] = {}
+        self._numbers: dict[str, int] = {}
 
     def probe(self, requests: Sequence[ProbeRequest]) -> list[Probe]:
         """What each device measured, in the order of the requests.
@@ -125,9 +126,9 @@ class GridExchange:
     def _connected(self) -> dict[int, int]:
         """Device by node id, of the nodes that are there now. The first call waits for all devices."""
         present = set(self._grid.get_node_ids())
-        if not self._device_of_node:
+        if not self._identities:
             present = self._await_nodes(present)
-        strangers = sorted(present - self._device_of_node.keys())
+        strangers = sorted(present - self._identities.keys())
         contents = ((index, node, RecordDict()) for index, node in enumerate(strangers))
         reason = ""
         for index, reply in self._deliver(contents, IDENTIFY):
@@ -135,12 +136,17 @@ class GridExchange:
             if isinstance(answer, str):
                 reason = answer
             else:
-                self._device_of_node[strangers[index]] = records.unpack_identity(answer)
-        if not self._device_of_node:
+                self._identities[strangers[index]] = records.unpack_identity(answer)
+        if not self._identities:
             raise FederationError(f"no device could say which one it is: {reason}")
-        here = {node: device for node, device in self._device_of_node.items() if node in present}
-        _check_distinct(here, self._devices)
-        return here
+        here = {node: identity for node, identity in self._identities.items() if node in present}
+        names = sorted(identity for identity in here.values() if isinstance(identity, str))
+        if names and not self._numbers:
+            if reason:
+                raise FederationError(f"a device could not say which one it is: {reason}")
+            self._numbers = {name: number for number, name in enumerate(names)}
+        _check_distinct(here.values(), self._devices, self._numbers)
+        return {node: _number(identity, self._numbers) for node, identity in here.items()}
 
     def _await_nodes(self, present: set[int]) -> set[int]:
         deadline = time.monotonic() + self._connect_seconds
@@ -205,14 +211,24 @@ class GridExchange:
             pause = min(pause * POLL_GROWTH, self._poll_seconds)
 
 
-def _check_distinct(device_of_node: dict[int, int], devices: int) -> None:
-    seen: set[int] = set()
-    for device in device_of_node.values():
-        if device in seen:
-            raise FederationError(f"partition-id = {device}: two SuperNodes have it; give each its own number")
-        if not 0 <= device < devices:
-            raise FederationError(f"partition-id = {device}: must be from 0 to {devices - 1} when devices = {devices}")
-        seen.add(device)
+def _number(identity: int | str, numbers: Mapping[str, int]) -> int:
+    return numbers[identity] if isinstance(identity, str) else identity
+
+
+def _check_distinct(identities: Iterable[int | str], devices: int, numbers: Mapping[str, int]) -> None:
+    seen: set[int | str] = set()
+    for identity in identities:
+        key = "name" if isinstance(identity, str) else "partition-id"
+        if identity in seen:
+            raise FederationError(f"{key} = {identity}: two SuperNodes have it; give each its own {_WHAT[key]}")
+        if isinstance(identity, str) and identity not in numbers:
+            raise FederationError(f"name = {identity}: the run began with {', '.join(numbers)}; join as one of them")
+        if not 0 <= _number(identity, numbers) < devices:
+            raise FederationError(f"{key} = {identity}: must be from 0 to {devices - 1} when devices = {devices}")
+        seen.add(identity)
+
+
+_WHAT = {"name": "name", "partition-id": "number"}
 
 
 def _content(reply: Message | str) -> RecordDict | str:

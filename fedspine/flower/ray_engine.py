@@ -12,14 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from queue import Empty, Queue
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 # Ray reads these when it is imported. Its own handler would print a stack and abort on SIGTERM.
@@ -36,6 +34,7 @@ from flwr.simulation import run_simulation
 from fedspine.errors import FederationError
 from fedspine.flower.cluster import Cluster, Division, divide
 from fedspine.flower.exchange import GridExchange
+from fedspine.processes import terminable
 
 if TYPE_CHECKING:
     from fedspine.federation import Exchange
@@ -69,7 +68,7 @@ def run_with_ray(
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(_environment(threads))
-        stack.enter_context(_terminable())
+        stack.enter_context(terminable())  # so that no process of Ray is left behind
         if cluster is None:
             gpus = torch.cuda.device_count()
             division = divide([(workers, gpus)], workers)
@@ -199,23 +198,6 @@ def _environment(threads: int) -> Iterator[None]:
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (`kill`, `docker stop`) unwinds the stack as Ctrl-C does, so that no process of Ray is left behind."""
-    if threading.current_thread() is not threading.main_thread():  # Python sets signal handlers nowhere else
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

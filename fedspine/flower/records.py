@@ -130,13 +130,13 @@ def unpack_evaluate_reply(records: RecordDict) -> EvaluateReply:
     return _from_scalars(EvaluateReply, _config(records, "evaluation"))
 
 
-def pack_identity(device: int) -> RecordDict:
-    """Which device of the federation a node is."""
+def pack_identity(device: int | str) -> RecordDict:
+    """Which device of the federation a node is, by number or name."""
     return _joined(identity=ConfigRecord({"device": device}))
 
 
-def unpack_identity(records: RecordDict) -> int:
-    return int(_config(records, "identity")["device"])
+def unpack_identity(records: RecordDict) -> int | str:
+    return cast(int | str, _config(records, "identity")["device"])
 
 
 def pack_user_error(error: FedSpineError) -> RecordDict:

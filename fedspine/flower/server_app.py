@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -11,17 +10,17 @@ from flwr.serverapp import Grid, ServerApp
 from fedspine.config import RunConfig
 from fedspine.flower.exchange import GridExchange
 
-if TYPE_CHECKING:
-    from fedspine.federation import Exchange
+WHERE = ("directory", "resume")
+"""What `fedspine serve` adds to the keys of the run."""
 
 
 def make_server_app(
-    run: Callable[[RunConfig, Exchange], None],
+    run: Callable[..., None],
     *,
     connect_seconds: float = 600.0,
     timeout_seconds: float | None = None,
 ) -> ServerApp:
-    """The app of the coordinating machine.
+    """The app of the coordinating machine. `run(config, exchange)` has `directory` and `resume` too if they are set.
 
     `connect_seconds`: how long all devices have to join; `timeout_seconds`: how long a device has to reply.
     Errors: `ConfigError` for a wrong run configuration, `FederationError` when devices do not join.
@@ -32,10 +31,12 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         # Flower lets a user override only keys that the project lists; one that is listed as "" is not set.
         values = {key: value for key, value in context.run_config.items() if value != ""}
+        where = {key: values.pop(key) for key in WHERE if key in values}
         config = RunConfig.from_values(values)
         run(
             config,
             GridExchange(grid, config.devices, connect_seconds=connect_seconds, timeout_seconds=timeout_seconds),
+            **where,
         )
 
     return app

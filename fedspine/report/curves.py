@@ -1,4 +1,4 @@
-"""`curves.png`: accuracy, sparsity, ranks and round times of a run. Time axes are virtual time."""
+"""`curves.png`: accuracy, sparsity, ranks and round times of a run, over virtual or measured time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw_curves(records: Sequence[RoundRecord], config: RunConfig, device_types:
     axes = figure.subplots(2, 2)
     _accuracy(axes[0, 0], records, config)
     _sparsity(axes[0, 1], records, device_types)
-    _times(axes[1, 0], records, device_types)
+    _times(axes[1, 0], records, device_types, config)
     _ranks(axes[1, 1], records, device_types, config)
     for axis in axes.flat[1:3]:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -62,7 +62,7 @@ def _accuracy(axis: Axes, records: Sequence[RoundRecord], config: RunConfig) -> 
         axis.axhline(config.target_accuracy, color="grey", lw=1, ls="--")
         axis.annotate(f"target {config.target_accuracy:g}", (0, config.target_accuracy), va="bottom", color="grey")
     name = accuracy_name(config.task)
-    axis.set(title=f"{name} of the global model", xlabel=f"virtual time, {unit_name}", ylabel=name)
+    axis.set(title=f"{name} of the global model", xlabel=f"{config.cost} time, {unit_name}", ylabel=name)
 
 
 def _sparsity(axis: Axes, records: Sequence[RoundRecord], types: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ def _sparsity(axis: Axes, records: Sequence[RoundRecord], types: Sequence[str]) 
     axis.legend(frameon=False, fontsize=8)
 
 
-def _times(axis: Axes, records: Sequence[RoundRecord], types: Sequence[str]) -> None:
+def _times(axis: Axes, records: Sequence[RoundRecord], types: Sequence[str], config: RunConfig) -> None:
     for colour, (_, pulls) in zip(COLOURS, _by_type(records, types), strict=False):
         axis.plot(
             [pull.round for pull in pulls],
@@ -94,7 +94,9 @@ def _times(axis: Axes, records: Sequence[RoundRecord], types: Sequence[str]) -> 
         )
     rounds = [record.round for record in records]
     axis.plot(rounds, [record.round_seconds for record in records], color="black", lw=1, label="round (slowest device)")
-    axis.set(title="virtual time of a round and of its devices", xlabel="round", ylabel="seconds", ylim=(0, None))
+    axis.set(
+        title=f"{config.cost} time of a round and of its devices", xlabel="round", ylabel="seconds", ylim=(0, None)
+    )
     axis.legend(frameon=False, fontsize=8)
 
 

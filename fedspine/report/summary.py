@@ -33,6 +33,7 @@ def summarise(
     peak_rss_bytes: int,
 ) -> dict[str, Any]:
     """`summary.json`. Times named `virtual_` and the waiting time are the devices'; those named `wall_` this machine's.
+    With cost = measured the former are measured on the devices.
 
     `time_to_target_seconds` is the virtual time at which the smoothed accuracy crosses the target, on the straight
     line between two evaluations; null when it does not.

@@ -9,11 +9,12 @@ from fedspine.types import RoundRecord
 
 
 class Curves:
-    """A context that writes to `directory` and closes it at the end."""
+    """A context that writes to `directory` and closes it at the end. `cost`: whose clock the times are of."""
 
-    def __init__(self, directory: Path, rounds_done: int) -> None:
+    def __init__(self, directory: Path, rounds_done: int, cost: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._cost = cost
         self._writer = SummaryWriter(str(directory), purge_step=rounds_done + 1 if rounds_done else None)
 
     def __enter__(self) -> Curves:
@@ -29,9 +30,9 @@ class Curves:
             "accuracy/global": record.accuracy,
             "accuracy/smoothed": record.smoothed_accuracy,
             "loss/global": record.loss,
-            "virtual/clock_seconds": record.clock_seconds,
-            "virtual/round_seconds": record.round_seconds,
-            "virtual/waiting_seconds": record.waiting_seconds,
+            f"{self._cost}/clock_seconds": record.clock_seconds,
+            f"{self._cost}/round_seconds": record.round_seconds,
+            f"{self._cost}/waiting_seconds": record.waiting_seconds,
             "bytes/uploaded": record.uploaded_bytes,
             "bytes/downloaded": record.downloaded_bytes,
             "sparsity/floor": record.floor_ratio,

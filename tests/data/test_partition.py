@@ -221,7 +221,7 @@ def test_column_with_fewer_values_than_devices() -> None:
 def test_unknown_partition(kind: str) -> None:
     with pytest.raises(ConfigError) as caught:
         partition_rows(task(), config(kind))
-    assert str(caught.value) == f"partition = '{kind}': must be auto, iid, dirichlet, shards or column:NAME"
+    assert str(caught.value) == f"partition = '{kind}': must be auto, iid, dirichlet, shards, all or column:NAME"
 
 
 @pytest.mark.data

@@ -1,0 +1,110 @@
+"""What the operator of a SuperLink tells it: which devices it accepts, and what it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+from flwr.common.serde import fab_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import FlowerError
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+
+from fedspine.errors import FederationError
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+
+ONLINE, UNREGISTERED, FINISHED, COMPLETED = "online", "unregistered", "finished", "completed"
+"""Words of Flower's, for nodes and runs."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run of the SuperLink is."""
+
+    finished: bool
+    completed: bool
+    details: str
+    """Why it failed."""
+
+
+class Control:
+    """The control interface of a SuperLink at HOST:PORT; without an `authority` it is spoken to in plain text."""
+
+    def __init__(self, address: str, authority: Path | None) -> None:
+        self._client = ControlHttpClient.from_server_address(
+            address,
+            insecure=authority is None,
+            root_certificates=str(authority) if authority else None,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        )
+
+    def answers(self) -> bool:
+        try:
+            self._client.ListNodes(ListNodesRequest())
+        except httpx.TransportError:
+            return False
+        return True
+
+    def accept_only(self, keys: Mapping[str, bytes]) -> None:
+        """Register the public keys (PEM by name) that the SuperLink does not know, and forget the others."""
+        known = {node.public_key: node.node_id for node in self._nodes()}
+        for key, node_id in known.items():
+            if key not in keys.values():
+                _asked(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
+        for name, key in keys.items():
+            if key not in known:
+                _asked(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name))
+
+    def online(self) -> list[str]:
+        """Names of the devices that are connected; without node authentication they are numbers."""
+        return sorted(node.name or str(node.node_id) for node in self._nodes() if node.status == ONLINE)
+
+    def start(self, fab: Fab) -> int:
+        """Run an app; returns the number of the run."""
+        reply = _asked(self._client.StartRun, StartRunRequest(fab=fab_to_proto(fab)))
+        if not reply.HasField("run_id"):
+            raise FederationError(f"the SuperLink did not start the run: {reply.note}")
+        return int(reply.run_id)
+
+    def state(self, run: int) -> RunState:
+        status = _asked(self._client.ListRuns, ListRunsRequest(run_id=run)).run_dict[run].status
+        return RunState(status.status == FINISHED, status.sub_status == COMPLETED, status.details)
+
+    def stop_all(self) -> None:
+        """Stop the runs that an earlier SuperLink left behind."""
+        for run, about in _asked(self._client.ListRuns, ListRunsRequest()).run_dict.items():
+            if about.status.status != FINISHED:
+                _asked(self._client.StopRun, StopRunRequest(run_id=run))
+
+    def _nodes(self) -> list[NodeInfo]:
+        nodes = _asked(self._client.ListNodes, ListNodesRequest()).nodes_info
+        return [node for node in nodes if node.status != UNREGISTERED]
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _asked(method: Callable[[Request], Reply], request: Request) -> Reply:
+    """The reply of the SuperLink. Errors: `FederationError` when it refuses, or is gone."""
+    try:
+        return method(request)
+    except httpx.HTTPStatusError as error:
+        refusal = FlowerError.from_json(error.response.text)
+        raise FederationError(f"the SuperLink refused: {refusal.message if refusal else error}") from None
+    except httpx.TransportError as error:
+        raise FederationError(f"the SuperLink does not answer any more: {error}") from None

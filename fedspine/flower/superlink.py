@@ -1,0 +1,195 @@
+"""`fedspine serve`: Flower's SuperLink, the devices that it accepts, and one run over them.
+
+All traffic is TLS, and devices sign what they send, unless there are no certificates. Nothing is installed at run
+time, and runs can be submitted from this machine only (`guarded_superlink`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from fedspine.certificates import AUTHORITY, SERVER, SERVER_KEY, check_server_pair, needed, public_keys
+from fedspine.config import RunConfig
+from fedspine.config_rules import check_deployable
+from fedspine.errors import ConfigError, FederationError
+from fedspine.flower.bundle import bundle
+from fedspine.flower.control import Control
+from fedspine.processes import program, terminable
+from fedspine.report.records import read_records
+from fedspine.types import TRAINED, RoundRecord
+
+START_SECONDS = 60.0
+POLL_SECONDS = 1.0
+LAST_LINES = 3
+"""Of a log, in a message."""
+
+Tell = Callable[[str], None]
+
+
+def serve(
+    config: RunConfig,
+    directory: Path,
+    *,
+    certificates: Path | None,
+    host: str,
+    port: int,
+    state: Path,
+    resume: bool = False,
+    tell: Tell,
+) -> None:
+    """Start a SuperLink, wait for all devices, run the federation into `directory`, stop the SuperLink.
+
+    `certificates`: folder of `fedspine certificates`; None: plain text, and any device is accepted. `state`: folder of
+    the SuperLink's database and log: with the same one a restarted SuperLink knows its devices again. `resume`:
+    continue the run in `directory`. `tell` hears what happens, line by line.
+
+    Errors: `ConfigError`, `CertificateError` before anything starts; `FederationError` when the SuperLink or the run
+    fails.
+    """
+    check_deployable(config)
+    keys = public_keys(certificates) if certificates else {}
+    if certificates and len(keys) != config.devices:
+        raise ConfigError(
+            f"devices = {config.devices}: {certificates} holds the keys of {len(keys)} ({', '.join(keys)}); "
+            f"set devices = {len(keys)}, or make the missing keys with `fedspine certificates`"
+        )
+    _check_free(host, port)
+    command = superlink_command(certificates, host, port, state)
+    state.mkdir(parents=True, exist_ok=True)
+    log = state / "superlink.log"
+    tell(shlex.join(command))
+    tell(f"its log: {log}")
+    with terminable(), open(log, "a", encoding="utf-8") as output, _superlink(command, state, output) as process:
+        local = f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        with closing(Control(local, certificates / AUTHORITY if certificates else None)) as control:
+
+            def check_alive() -> None:
+                if process.poll() is not None:
+                    raise FederationError(f"the SuperLink ended: {last_lines(log.read_text(encoding='utf-8'))}")
+
+            _await_start(control, check_alive, log)
+            control.stop_all()
+            if keys:
+                control.accept_only(keys)
+            _await_devices(control, config.devices, keys, check_alive, tell)
+            run = control.start(bundle(config, directory.absolute(), resume))
+            _follow(control, run, directory, config, check_alive, tell)
+
+
+def superlink_command(certificates: Path | None, host: str, port: int, state: Path) -> list[str]:
+    """The command line of the SuperLink. Errors: `CertificateError` when a file is absent or wrong."""
+    secured = ["--insecure"]
+    if certificates:
+        certificate, key = needed(certificates, SERVER), needed(certificates, SERVER_KEY)
+        check_server_pair(certificate, key)
+        secured = [
+            f"--ssl-ca-certfile={needed(certificates, AUTHORITY)}",
+            f"--ssl-certfile={certificate}",
+            f"--ssl-keyfile={key}",
+            "--enable-supernode-auth",
+        ]
+    return [
+        *(sys.executable, "-m", "fedspine.flower.guarded_superlink"),
+        *secured,
+        f"--host={host}",
+        f"--port={port}",
+        f"--database={state / 'superlink.db'}",
+        "--isolation=subprocess",
+        "--disable-runtime-dependency-installation",
+    ]
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """Of a program of Flower's: `home` holds the apps that it unpacks; nothing is installed, reported or looked up."""
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(home.absolute()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+
+
+def last_lines(text: str) -> str:
+    return " | ".join(line.strip() for line in text.splitlines()[-LAST_LINES:] if line.strip())
+
+
+@contextmanager
+def _superlink(command: list[str], state: Path, output: TextIO) -> Iterator[subprocess.Popen[str]]:
+    environment = flower_environment(state / "flower")
+    with program(command, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
+        yield process
+
+
+def _check_free(host: str, port: int) -> None:
+    """Errors: `FederationError` when the port cannot be listened at."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise FederationError(
+            f"--host {host} --port {port}: cannot listen there ({error}); another program, perhaps another `fedspine "
+            "serve`, has it: stop that one, or choose another --port"
+        ) from None
+
+
+def _await_start(control: Control, check_alive: Callable[[], None], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not control.answers():
+        check_alive()
+        if time.monotonic() > deadline:
+            raise FederationError(f"the SuperLink does not answer after {START_SECONDS:.0f} s: see {log}")
+        time.sleep(0.2)
+
+
+def _await_devices(
+    control: Control, devices: int, keys: Mapping[str, bytes], check_alive: Callable[[], None], tell: Tell
+) -> None:
+    before: list[str] | None = None
+    while True:
+        online = control.online()
+        if online != before:
+            missing = ", ".join(name for name in keys if name not in online)
+            tell(f"{len(online)} of {devices} devices joined{f'; missing: {missing}' if missing else ''}")
+            before = online
+        if len(online) >= devices:
+            return
+        check_alive()
+        time.sleep(POLL_SECONDS)
+
+
+def _follow(
+    control: Control, run: int, directory: Path, config: RunConfig, check_alive: Callable[[], None], tell: Tell
+) -> None:
+    """Tell every round when it is done. Errors: `FederationError` with the reason why the run failed."""
+    told = len(read_records(directory / "rounds.jsonl"))
+    while True:
+        check_alive()
+        state = control.state(run)
+        for record in (records := read_records(directory / "rounds.jsonl"))[told:]:
+            tell(_line(record, config))
+        told = len(records)
+        if state.finished:
+            break
+        time.sleep(POLL_SECONDS)
+    if not state.completed:
+        raise FederationError(" ".join(state.details.removeprefix("ServerApp failed with exception: ").split()))
+
+
+def _line(record: RoundRecord, config: RunConfig) -> str:
+    trained = sum(pull.report.outcome == TRAINED for pull in record.pulls)
+    accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.4f}"
+    return (
+        f"round {record.round} of {config.rounds}: {trained} of {len(record.pulls)} devices trained, "
+        f"{config.cost} {record.round_seconds:.1f} s{accuracy}"
+    )

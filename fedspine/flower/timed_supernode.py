@@ -1,0 +1,98 @@
+"""Flower's SuperNode with a stopwatch on its link: `python -m fedspine.flower.timed_supernode`, options as of
+`flower-supernode`.
+
+What a device sends and receives passes through the SuperNode, before and after the process that trains; so only here
+can it be timed. Waiting is not counted: a SuperNode asks for messages every three seconds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.fleet_http_connection import http_request_response
+
+from fedspine.devices.measured import Link, write_link
+
+
+class _Traffic:
+    """Bytes of a message one way, and the time in which at least one of its parts was on its way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._since = 0.0
+        self.bytes = 0
+        self.seconds = 0.0
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes += nbytes
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._under_way:
+                self._since = time.perf_counter()
+            self._under_way += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._under_way -= 1
+            if not self._under_way:
+                self.seconds += time.perf_counter() - self._since
+
+
+@contextmanager
+def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
+    """`http_request_response` whose transfers go into the `Link` of this device."""
+    link, down, up = Link(), _Traffic(), _Traffic()
+
+    with http_request_response(*arguments, **options) as connection:
+        node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
+
+        def next_message() -> Any:
+            nonlocal link, down, up
+            link = link.uploaded(up.bytes, up.seconds)
+            down, up = _Traffic(), _Traffic()
+            return receive()
+
+        def timed_get_fab(fab_hash: str, run: int) -> Any:
+            nonlocal link
+            app = _Traffic()
+            with app:
+                fab = get_fab(fab_hash, run)
+            link = link.downloaded(len(fab.content), app.seconds)
+            return fab
+
+        def timed_pull(run: int, name: str) -> bytes:
+            with down:
+                content: bytes = pull_object(run, name)
+            down.add(len(content))
+            return content
+
+        def timed_send(*parts: Any) -> Any:
+            with up:
+                return send(*parts)
+
+        def timed_push(run: int, session: str, name: str, content: bytes) -> None:
+            with up:
+                push_object(run, session, name, content)
+            up.add(len(content))
+
+        def timed_confirm(run: int, message: str) -> None:
+            nonlocal link
+            confirm(run, message)
+            link = link.downloaded(down.bytes, down.seconds)
+            write_link(link)
+
+        yield node_id, next_message, timed_send, get_run, timed_get_fab, timed_pull, timed_push, timed_confirm
+
+
+if __name__ == "__main__":
+    vars(start_client_internal)["http_request_response"] = timed_connection
+    flower_supernode()

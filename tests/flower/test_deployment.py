@@ -1,0 +1,137 @@
+"""A federation of real processes on this machine: TLS, node authentication, and the bits of the simulation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from fedspine.certificates import make_certificates
+from fedspine.simulation import simulate
+from tests.flower.test_ray import free_ports
+from tests.small_run import KEYS, figures, options, rounds, write_data, write_model
+
+pytestmark = pytest.mark.runtime
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 1200
+"""That a run may take: a device loads torch anew for every message."""
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("deployment")
+    write_model(base / "model")
+    write_data(base / "data")
+    make_certificates(base / "certificates", ["127.0.0.1"], ["a", "b", "c", "d"])
+    make_certificates(base / "strange", ["127.0.0.1"], ["a"])
+    (base / "strange" / "ca.crt").write_bytes((base / "certificates" / "ca.crt").read_bytes())
+    return base
+
+
+@pytest.fixture
+def start(base: Path) -> Iterator[Start]:
+    """Starts `fedspine` with these arguments in the folder; at the end it has to stop and leaves nothing behind."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+
+        def start(*arguments: object) -> subprocess.Popen[str]:
+            command = [sys.executable, "-m", "fedspine", *map(str, arguments)]
+            process = subprocess.Popen(
+                command, cwd=base, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            stack.callback(stopped, process)
+            return process
+
+        yield start
+
+
+def stopped(process: subprocess.Popen[str]) -> None:
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def until(process: subprocess.Popen[str], words: str) -> None:
+    """Read what a process says until it says these words."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if words in line:
+            return
+    raise AssertionError("".join(said))
+
+
+def keys(base: Path, **changes: Any) -> dict[str, Any]:
+    return {**KEYS, "model": str(base / "model"), "data": str(base / "data"), **changes}
+
+
+def test_real_devices_give_the_bits_of_the_simulation(base: Path, start: Start) -> None:
+    chosen = keys(base, devices=4, sampled=2, rounds=3, probe="never", eval_devices=2)
+    (port,) = free_ports(1)
+    place = ["--host", "127.0.0.1", "--port", port, "--state", "superlink"]
+    server = start("serve", *options(chosen), "--certificates", "certificates", *place, "--out", "real")
+    until(server, "0 of 4 devices joined; missing: a, b, c, d")
+
+    def device(name: str, *trust: object) -> subprocess.Popen[str]:
+        return start("join", "--server", f"127.0.0.1:{port}", "--name", name, "--state", f"state-{name}", *trust)
+
+    for trust, words in (
+        (("--certificates", "strange"), f"the server at 127.0.0.1:{port} refuses it: it does not know the key"),
+        (("--insecure",), "it speaks TLS only; join with --certificates"),
+    ):
+        refused = device("a", *trust)
+        _, err = refused.communicate(timeout=120)
+        assert (refused.returncode, words in err) == (2, True), err
+
+    devices = [device(name, "--certificates", "certificates") for name in "abcd"]
+    out, err = server.communicate(timeout=SECONDS)
+    assert (server.returncode, out) == (0, "real\n"), err
+    assert "round 3 of 3: 2 of 2 devices trained" in err
+    assert all(each.poll() is None for each in devices)  # they stay for the next run
+
+    simulated = simulate(**chosen, out=base / "simulated")
+    assert rounds(base / "real") == rounds(simulated.directory)
+    assert figures(base / "real") == figures(simulated.directory)
+    real, same = (load_file(path / "checkpoint" / "state.safetensors") for path in (base / "real", simulated.directory))
+    assert real.keys() == same.keys()
+    assert all(np.array_equal(real[name], same[name]) for name in real)
+
+
+def test_devices_with_their_own_data_and_clock(base: Path, start: Start) -> None:
+    rows = [f"good film {'and' if i % 3 else 'very'}\tgood\nbad film\tbad" for i in range(15)]
+    (base / "own.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    chosen = keys(base, devices=2, sampled=2, rounds=1, cost="measured", eval_devices=1)
+    (port,) = free_ports(1)
+    place = ["--host", "127.0.0.1", "--port", port, "--state", "plain"]
+    server = start("serve", *options(chosen), "--insecure", *place, "--out", "measured")
+    until(server, "0 of 2 devices joined")
+    joining = ["--server", f"127.0.0.1:{port}", "--insecure"]
+    start("join", *joining, "--name", "a", "--data", "own.tsv", "--device", "measure", "--state", "plain-a")
+    start("join", *joining, "--name", "b", "--state", "plain-b")
+    _, err = server.communicate(timeout=SECONDS)
+    assert server.returncode == 0, err
+    (record,) = [json.loads(line) for line in (base / "measured" / "rounds.jsonl").read_text().splitlines()]
+    reports = [pull["report"] for pull in record["pulls"]]
+    assert [report["examples"] for report in reports] == [27, 60]
+    for pull in record["pulls"]:
+        report = pull["report"]
+        assert 0 < report["compute_seconds"] <= report["wall"]["seconds"] + 1
+        assert min(report["download_seconds"], report["upload_seconds"]) > 0
+        assert min(pull["probe"]["seconds_per_flop"], pull["probe"]["seconds_per_byte"]) > 0
+        assert report["peak_memory_bytes"] > 50e6
+    assert record["clock_seconds"] == record["round_seconds"] > max(report["compute_seconds"] for report in reports)
