@@ -39,14 +39,15 @@ def activation_bytes(workload: Workload, ratio: float, rank: int) -> tuple[float
     attended = keep * shape.heads * shape.head_dim
     inside = shape.channel_weights / hidden - 1  # projections into a channel: two where it is gated
     channels = 2 * inside * keep * shape.channels
-    matrix = keep * shape.heads * shape.queries * workload.length * value if halved else 0.0
+    seen = 1.0 + workload.prefix / workload.length  # keys and values that are there, for one of the text's
+    matrix = keep * shape.heads * shape.queries * workload.length * seen * value if halved else 0.0
     if family.decoder and halved:
         matrix *= 1 + FLOAT_BYTES / value
     norm_input = hidden * (FLOAT_BYTES if family.decoder else value)
     thin = rank * len(shape.modules) / shape.layers
-    layer = value * (2 * hidden + 4 * attended + channels + thin) + 2 * norm_input + matrix
+    layer = value * (2 * hidden + (2 + 2 * seen) * attended + channels + thin) + 2 * norm_input + matrix
     first_only = family.first_token is not None
-    last = value * (hidden + 2 * attended) if first_only else layer
+    last = value * (hidden + 2 * seen * attended) if first_only else layer
     kept = (shape.layers - 1) * layer + last
     if workload.gradient_checkpointing:
         kept = shape.layers * value * hidden + layer
