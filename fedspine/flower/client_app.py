@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -20,6 +20,7 @@ import fedspine
 from fedspine.errors import FederationError, FedSpineError
 from fedspine.flower import records
 from fedspine.flower.node import Node
+from fedspine.importing import load
 from fedspine.types import EvaluateReply, EvaluateRequest, Probe, ProbeRequest, TrainReply, TrainRequest
 
 IDENTIFY = "query.identify"
@@ -32,6 +33,15 @@ TrainGroup = Callable[[Sequence[TrainRequest]], list[TrainReply]]
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 Asked = TypeVar("Asked", TrainRequest, ProbeRequest, EvaluateRequest)
+
+
+def at_work(function: str, **options: Any) -> Callable[[Any], Any]:
+    """A function of `fedspine.client_round`, which takes seconds to import: only once there is work."""
+
+    def work(request: Any) -> Any:
+        return getattr(load("fedspine.client_round"), function)(request, **options)
+
+    return work
 
 
 def make_client_app(

@@ -8,20 +8,21 @@ of a round as one batch, for processors that are idle otherwise; its result is t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedspine.errors import ConfigError
-from fedspine.flower.client_app import make_client_app
+from fedspine.flower.client_app import at_work, make_client_app
 from fedspine.flower.cluster import Cluster, check_address
 from fedspine.flower.exchange import GridExchange
 from fedspine.flower.inline import RUN_ID, InlineGrid
+from fedspine.importing import load
 
 if TYPE_CHECKING:
-    from fedspine.federation import Exchange
+    from fedspine.exchange import Exchange
 
 T = TypeVar("T")
 ENGINES = ("inline", "grouped", "ray")
@@ -57,9 +58,8 @@ def run_federation(
 
         return _run_inline(run, InlineGrid(app, devices, train_group, GROUP_SIZE), devices)
     # Ray takes seconds to import, and only this engine needs it.
-    from fedspine.flower.ray_engine import run_with_ray
-
-    return run_with_ray(run, app, devices, workers, threads, cluster)
+    run_with_ray = load("fedspine.flower.ray_engine").run_with_ray
+    return cast("T", run_with_ray(run, app, devices, workers, threads, cluster))
 
 
 def check_engine(engine: str, workers: int | None, address: str | None = None) -> None:
@@ -79,9 +79,7 @@ def check_engine(engine: str, workers: int | None, address: str | None = None) -
 
 def default_client_app() -> ClientApp:
     """The app around `fedspine.client_round`."""
-    from fedspine import client_round
-
-    return make_client_app(client_round.train, client_round.probe, client_round.evaluate_device)
+    return make_client_app(at_work("train"), at_work("probe"), at_work("evaluate_device"))
 
 
 def _run_inline(run: Callable[[Exchange], T], inline: InlineGrid, devices: int) -> T:
