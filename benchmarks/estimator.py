@@ -33,7 +33,6 @@ from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import MagnitudeScorer
 from fedspine.pruning.select import select
-from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.study.calibrate import full_batches, step_seconds
 from fedspine.study.design import Cell, compression
@@ -97,7 +96,7 @@ def measure(shape: tuple[Any, ...], learner: str, level: str) -> tuple[int, floa
     del resident
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
-    tune(trained, LocalOptimizer(trained, 1e-3, 1.0), batches, lambda: None, lambda _: None, Stopwatch())
+    tune(trained, LocalOptimizer(trained, 1e-3, 1.0), batches)
     estimate = training_bytes(workload, ratio, lora_rank(cell.levels))
     return resident_bytes("VmHWM") - before, estimate - (QUANTISER_BYTES if kind in WEIGHT_BYTES else 0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING
 
 from fedspine.commands.arguments import Subparsers
@@ -17,11 +18,15 @@ EXAMPLES = """examples:
   fedspine recommend --device ram-4g --task TASK.toml --examples 120 --hours 1
   fedspine recommend --device BOARD.toml --task TASK.toml --examples 20 --hours 0.5 --probe 10m
   fedspine recommend --device ram-4g --task TASK.toml --examples 64 --hours 1 --evidence runs/study-phone/report.json
+  fedspine recommend --device ram-4g --task TASK.toml --examples 64 --hours 1 --compression depth:0.25 ready:FOLDER
 
 TASK.toml: keys of a study's [tasks.NAME], and max_length where texts are long, such as
   data = "reviews.jsonl"
-  partition = "column:user"
+  user_column = "user"
 with task = "causal-lm" it is one of a language model, which --model has to name.
+
+Considered are rag, lora and rag+lora; models as they are and in bf16, width:0.5, int8 and nf4; two ranks and budgets.
+Exit status: 0 with an answer, 1 when nothing fits (every reason is told), 2 for a mistake.
 """
 SHOWN = 5
 
@@ -42,6 +47,10 @@ def add(commands: Subparsers) -> None:
     recommend.add_argument(
         "--model", nargs="+", default=[RunConfig.model], metavar="MODEL", help="models to choose from"
     )
+    recommend.add_argument(
+        "--compression", nargs="+", default=[], metavar="LEVEL", help="to consider too: depth:0.25, ready:FOLDER, ..."
+    )
+    recommend.add_argument("--metric", default="", help="of the task, as in a study (default: accuracy or perplexity)")
     recommend.add_argument("--encoder", default=RunConfig.model, metavar="MODEL", help="of dense retrieval")
     recommend.add_argument("--evidence", nargs="+", default=[], metavar="REPORT.json", help="of earlier studies")
     recommend.add_argument("--probe", default="0m", metavar="10m", help="try the best, in minutes of the device")
@@ -66,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
             probe_minutes=minutes,
             evidence=options.evidence,
             models=options.model,
+            compressions=options.compression,
+            metric=options.metric,
             encoder=options.encoder,
             on_probe=progress.update,
         )
@@ -73,18 +84,21 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(found.to_json(), indent=1))
     else:
         print("\n".join(_lines(found)))
-    return 0
+    if not found.options:
+        lacking = f"nothing can run as asked; the nearest is {found.nearest}"
+        print(f"fedspine: error: {lacking}; give it what it lacks, or a smaller --model", file=sys.stderr)
+    return 0 if found.options else 1
 
 
 def _lines(found: Recommendation) -> list[str]:
     from fedspine.study.estimate import MARGIN
-    from fedspine.study.recommend import describe
+    from fedspine.study.ranking import describe, given
 
     hard = found.difficulty
     lines = [f"task: {hard.band} ({hard.score:.2f}): {hard.says}"]
     if not found.options:
         lines += ["", "nothing fits:"]
-        lines += [f"  {describe(_given(plan.cell.levels))}: {plan.estimate.infeasible}" for plan in found.infeasible]
+        lines += [f"  {describe(given(plan))}: {plan.estimate.infeasible}" for plan in found.infeasible]
     for place, option in enumerate(found.options[:SHOWN], start=1):
         need = option.plan.estimate
         tried = "" if option.probed is None else f", {option.probed:.3f} in the probe"
@@ -101,7 +115,3 @@ def _lines(found: Recommendation) -> list[str]:
         lines += ["", "the first as STUDY.toml:"]
         lines += [f"  {line}" for line in found.study_file(found.options[0]).splitlines()]
     return [*lines, "", *(f"* {note}" for note in found.notes)]
-
-
-def _given(levels: object) -> dict[str, object]:
-    return {factor: level for factor, level in dict(levels).items() if level is not None}  # type: ignore[call-overload]

@@ -17,12 +17,11 @@ import torch
 from fedspine.config import RunConfig
 from fedspine.data.encode import Batch
 from fedspine.data.prepared import shared
-from fedspine.devices.population import USABLE
+from fedspine.devices.profiles import USABLE
 from fedspine.errors import ConfigError
 from fedspine.lora.adapters import narrow
 from fedspine.lora.resident import ResidentModel
 from fedspine.report.records import write_atomically
-from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.study.design import load_study
 from fedspine.study.run import plan_study
@@ -62,7 +61,7 @@ def step_seconds(resident: ResidentModel, config: RunConfig) -> float:
     optimizer, seconds = LocalOptimizer(resident, config.learning_rate, config.clip_norm), []
     for batch in full_batches(resident, config, 1 + STEPS):
         began = process_time()
-        tune(resident, optimizer, [batch], lambda: None, lambda _: None, Stopwatch())
+        tune(resident, optimizer, [batch])
         seconds.append(process_time() - began)
     return min(seconds[1:]) / torch.get_num_threads()
 

@@ -6,6 +6,7 @@ The measure and its bands are ours. The guidelines speak of easy, moderate and h
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +20,20 @@ MANY_CLASSES = 64
 HISTORY = 4
 
 
+class _Graded(ABC):
+    @property
+    @abstractmethod
+    def score(self) -> float:
+        """0 to 1."""
+
+    @property
+    def band(self) -> str:
+        """As the guidelines speak of it."""
+        return "easy" if self.score < EASY_BELOW else "hard" if self.score >= HARD_FROM else "moderate"
+
+
 @dataclass(frozen=True)
-class Difficulty:
+class Difficulty(_Graded):
     """Of a task with a given amount of personal data."""
 
     classes: int
@@ -36,10 +49,6 @@ class Difficulty:
         return (many + 1.0 - max(0.0, self.retrieval_gain)) / 2
 
     @property
-    def band(self) -> str:
-        return band_of(self.score)
-
-    @property
     def says(self) -> str:
         return (
             f"{self.classes} classes, most common {self.majority:.2f}, retrieval answers "
@@ -48,7 +57,7 @@ class Difficulty:
 
 
 @dataclass(frozen=True)
-class TextDifficulty:
+class TextDifficulty(_Graded):
     """Of a language model's task; see `fedspine.study.text_difficulty`."""
 
     zero_shot: float
@@ -64,19 +73,11 @@ class TextDifficulty:
         return (min(1.0, self.zero_shot) + 1.0 - max(0.0, self.retrieval_gain)) / 2
 
     @property
-    def band(self) -> str:
-        return band_of(self.score)
-
-    @property
     def says(self) -> str:
         return (
             f"the untuned model has {self.zero_shot:.2f} of a unigram's loss, retrieval finds "
             f"{max(0.0, self.retrieval_gain):.2f} more of an answer than chance, {self.copy_rate:.2f} can be copied"
         )
-
-
-def band_of(score: float) -> str:
-    return "easy" if score < EASY_BELOW else "hard" if score >= HARD_FROM else "moderate"
 
 
 def measure(task: PersonalTask, examples: int, test_examples: int, retriever: str, encoder: str) -> Difficulty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fedspine.errors import ModelError
@@ -27,6 +28,7 @@ def quantise(model: nn.Module, family: str, kind: str) -> None:
     Errors: `ModelError` without bitsandbytes.
     """
     check_quantiser(kind)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # tells of a kernel that is unused here
     import torch
     from bitsandbytes import nn as layers
 

@@ -20,6 +20,8 @@ FEW = 50
 CLEAR_GAIN, NO_GAIN = 0.3, 0.05
 """Of retrieval on the user's own history (our choice)."""
 SMALL_RANK = 8
+UNCUT = ("none", "bf16", "int8", "nf4")
+"""Compressions that leave all weights; nf4 has 4.1 bits of each."""
 TIERS = ("learner", "model", "how")
 SHORT, LONG = 60, 240
 """Budgets of the candidates, in steps (our choice)."""
@@ -34,7 +36,7 @@ class Context:
     strongest: str
     """The largest model of the candidates that fit: the stand-in for the best on general benchmarks."""
     models: int
-    """How many models there are to choose from."""
+    """How many of the candidates' models fit."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ RULES = (
          lambda point, at: at.difficulty.band == "hard" and at.examples > COLD_START and _trains(point)),
     Rule("G4", "hard tasks need the strongest model that fits, compressed or not", _REVIEW, 1.0, "model",
          lambda point, at: at.difficulty.band != "easy" and at.models > 1 and point["model"] == at.strongest),
+    Rule("large", "a larger model in few bits is better than a smaller one in many, from 3.5 bits a weight on",
+         "2505.15030", 1.0, "model",
+         lambda point, at: at.difficulty.band != "easy" and at.models > 1 and point["model"] == at.strongest
+         and point["compression"] in UNCUT),
     Rule("G6", "a small rank suffices", _REVIEW, 1.0, "how",
          lambda point, at: _trains(point) and point["rank"] <= SMALL_RANK),
     Rule("G7", "longer tuning does not necessarily help: begin with the short budget", _PAPER, 1.0, "how",
@@ -82,20 +88,13 @@ RULES = (
     Rule("G9", "with little personal data a compressed model may learn better", _PAPER, 0.5, "how",
          lambda point, at: at.examples <= FEW and _compressed(point)),
     Rule("G10", "compression costs quality", _REVIEW, 1.0, "how",
-         lambda point, at: at.examples > FEW and _trains(point) and point["compression"] == "none"),
+         lambda point, at: (at.examples > FEW or not _trains(point)) and point["compression"] == "none"),
     Rule("history answers", "retrieval answers much of the user's own history", _HERE, 1.0, "learner",
          lambda point, at: at.difficulty.retrieval_gain >= CLEAR_GAIN and _retrieves(point)),
     Rule("history is mute", "retrieval answers nothing of the user's own history", _HERE, 1.0, "learner",
          lambda point, at: at.difficulty.retrieval_gain <= NO_GAIN and at.examples > COLD_START
          and point["learner"] == "lora"),
 )  # fmt: skip
-FOUR_BIT = (
-    "4-bit weights are not among the candidates: on a small model they need as much memory as bfloat16 (measured on "
-    "134 M, the library included: 0.66 against 0.61 GB), on a tiny one more than float32, and a step takes 3.7 times "
-    "as long; that they pay from about 1 B on is inferred"
-)
-"""Shown where the largest model is below that size."""
-FOUR_BIT_BELOW = 1e9
 
 
 def votes(point: Point, at: Context) -> list[Rule]:

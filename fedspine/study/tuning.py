@@ -24,7 +24,6 @@ from fedspine.lora.adapters import narrow
 from fedspine.pruning.importance import MagnitudeScorer
 from fedspine.pruning.select import select
 from fedspine.simulation import simulate
-from fedspine.stopwatch import Stopwatch
 from fedspine.study.base import start_structure
 from fedspine.study.design import Study, compression
 from fedspine.study.estimate import CellPlan, device_meter, perturbation_of
@@ -142,7 +141,7 @@ def _of_user(
     done, found = 0, []
     for point in range(1, study.evaluations + 1):
         until = max(1, plan.local_steps * point // study.evaluations)
-        tune(learner, optimizer, islice(batches, until - done), _nothing, _nothing, Stopwatch())
+        tune(learner, optimizer, islice(batches, until - done))
         done = until
         found.append((done, answer(learner, bench, user, rows)))
     return flops, found
@@ -157,7 +156,3 @@ def class_shares(learner: Learner, bench: Workbench, _: int, rows: NDArray[np.in
             logits, which = predictions(learner, batch)
             shares[which.numpy()] = logits.double().softmax(-1).numpy()
     return shares
-
-
-def _nothing(*_: object) -> None:
-    pass

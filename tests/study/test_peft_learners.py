@@ -18,7 +18,6 @@ from fedspine.data.encode import Batch
 from fedspine.errors import FedSpineError
 from fedspine.lora.adapters import narrow, start_adapters
 from fedspine.lora.resident import ResidentModel
-from fedspine.stopwatch import Stopwatch
 from fedspine.structure import Structure
 from fedspine.study.design import Cell, load_study
 from fedspine.study.peft_learners import PeftLearner
@@ -74,7 +73,7 @@ def test_a_learner_trains_what_the_formula_counts_and_nothing_else(family: str, 
     assert counted > workload_of(config, resident.shape).adapter_bytes(0.0, 0)
     frozen = {name: each.clone() for name, each in one.model.state_dict().items() if name not in one.parameters}
     before = float(batch_loss(one, batch()).detach())
-    tune(one, LocalOptimizer(one, 0.03, 1.0), [batch()] * 12, lambda: None, lambda _: None, Stopwatch())
+    tune(one, LocalOptimizer(one, 0.03, 1.0), [batch()] * 12)
     after = float(batch_loss(one, batch()).detach())
     assert after < 0.8 * before
     assert all(torch.equal(each, frozen[name]) for name, each in one.model.state_dict().items() if name in frozen)
@@ -115,7 +114,7 @@ def test_a_language_model_learns_too(learner: str) -> None:
         logits = one.model(**tokens()).logits[:, behind:-1].flatten(0, 1)
         torch.testing.assert_close(predictions(one, text)[0], logits)
     before = float(batch_loss(one, text).detach())
-    tune(one, LocalOptimizer(one, 0.03, 1.0), [text] * 12, lambda: None, lambda _: None, Stopwatch())
+    tune(one, LocalOptimizer(one, 0.03, 1.0), [text] * 12)
     assert float(batch_loss(one, text).detach()) < before
 
 
@@ -134,7 +133,7 @@ def test_bfloat16_trains_float32_adapters(learner: str) -> None:
     one, _ = learner_of("bert", learner, dtype=torch.bfloat16)
     assert {each.dtype for each in one.parameters.values()} == {torch.float32}
     before = float(batch_loss(one, batch()).detach())
-    tune(one, LocalOptimizer(one, 0.03, 1.0), [batch()] * 8, lambda: None, lambda _: None, Stopwatch())
+    tune(one, LocalOptimizer(one, 0.03, 1.0), [batch()] * 8)
     assert float(batch_loss(one, batch())) < before
 
 
@@ -153,7 +152,7 @@ def test_quantised_weights_learn_with_lora_and_after_an_evaluation_too(family: s
     losses = []
     for _ in range(3):
         losses.append(evaluate(one, [batch()])[1])
-        tune(one, optimizer, [batch()] * 4, lambda: None, lambda _: None, Stopwatch())
+        tune(one, optimizer, [batch()] * 4)
         assert all(not torch.equal(each, one._start[name]) for name, each in one.parameters.items() if "lora" in name)
     assert losses[0] > losses[1] > losses[2]
 

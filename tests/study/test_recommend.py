@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from fedspine.errors import FedSpineError
 from fedspine.study.design import DEFAULTS, Cell, Study, load_study
 from fedspine.study.difficulty import Difficulty, measure
 from fedspine.study.estimate import CellPlan, model_parameters, plan_cell
-from fedspine.study.recommend import Option, candidates, describe, ranked, recommend
+from fedspine.study.ranking import Option, candidates, describe, ranked
+from fedspine.study.recommend import recommend
 from fedspine.study.tasks import PersonalTask, personal_task
 from tests.small_run import write_data, write_model
 from tests.study.test_design import DEVICE
 from tests.tiny import tiny_config
 
+USERS = 'data = "data"\npartition = "column:writer"\n'
 EASY, MODERATE, HARD = Difficulty(2, 0.5, 0.6), Difficulty(4, 0.4, 0.1), Difficulty(64, 0.05, 0.1)
 
 
@@ -82,7 +85,7 @@ def test_a_hard_task_means_the_strongest_model_that_fits_compressed_if_need_be(
     limit = 1.25 * roomy.plan.estimate.memory_bytes / 1e6
     tight = options(models, 100, HARD, 0.75 * limit, tmp_path)[0]
     assert (tight.levels["model"], tight.levels["learner"]) == (models[1], "rag+lora")
-    assert tight.levels["compression"] in ("bf16", "width:0.5")
+    assert tight.levels["compression"] == "bf16"
     assert any(reason.startswith("G4: ") for reason in tight.reasons)
     tiny = options(models, 100, HARD, 0.25 * limit, tmp_path)[0]
     assert tiny.levels["model"] == models[0]
@@ -119,7 +122,7 @@ def test_the_answer_is_explained_probed_and_the_same_again(tmp_path: Path, capsy
     probed = [option["probed"] for option in answers[0]["options"] if option["probed"] is not None]
     assert len(probed) == 4
     assert {each["levels"]["learner"] for each in answers[0]["options"][:4]} == {"rag", "lora", "rag+lora"}
-    assert any("4-bit weights are not among the candidates" in note for note in answers[0]["notes"])
+    assert any(note.startswith("no memory is saved by int8 or nf4 on ") for note in answers[0]["notes"])
     assert main(command[:-1]) == 0
     text = capsys.readouterr().out.partition("the first as STUDY.toml:\n")[2].partition("\n\n")[0]
     (tmp_path / "study.toml").write_text("\n".join(line[2:] for line in text.splitlines()))
@@ -160,7 +163,7 @@ def test_bad_input_is_named(changes: dict[str, Any], message: str, models: tuple
 
 def test_candidates_are_cells_that_differ() -> None:
     points = candidates({"task": "persona-rule", "examples": 10}, ["a"])
-    assert len(points) == 1 + 2 * 3 * 2 * 2
+    assert len(points) == 1 + 2 * 5 * 2 * 2
     assert np.unique([Cell(point, 0).name for point in points]).size == len(points)
 
 
@@ -187,19 +190,28 @@ def command(files: dict[str, Path], *more: str) -> list[str]:
 
 def test_when_nothing_fits_every_reason_is_told(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     files["--device"].write_text(DEVICE.format(0.01))
-    assert main(command(files, "--json")) == 0
-    answer = json.loads(capsys.readouterr().out)
+    assert main(command(files, "--json")) == 1
+    told = capsys.readouterr()
+    assert re.match(
+        r"fedspine: error: nothing can run as asked; the nearest is lora, .*: needs \d+ MB \(margin included\), and .* "
+        r"has 0 MB; give it what it lacks, or a smaller --model\n$",
+        told.err,
+    )
+    answer = json.loads(told.out)
     assert answer["options"] == []
     assert len(answer["infeasible"]) == len(candidates({"task": "any", "examples": 9}, ["any"]))
     assert all("MB (margin included), and" in each["reason"] for each in answer["infeasible"])
-    assert main(command(files)) == 0
+    assert main(command(files)) == 1
     text = capsys.readouterr().out
     assert "nothing fits:\n  rag: needs " in text
     assert "first would be rag" in text
-    assert main(command(files, "--hours", "1e-9")) == 0
+    assert main(command(files, "--hours", "1e-9")) == 1
     assert "more than hours = 1e-09" in capsys.readouterr().out
-    assert main(command(files, "--examples", "0")) == 0
-    text = capsys.readouterr().out
+    files["--device"].write_text(DEVICE.format(200))
+    assert main(command(files, "--examples", "0", "--probe", "1m")) == 1
+    told = capsys.readouterr()
+    text = told.out
+    assert "examples = 0: nothing to learn from; give it what it lacks" in told.err
     assert "examples = 0: retrieval from an empty history" in text
     assert "examples = 0: nothing to learn from" in text
 
@@ -210,10 +222,17 @@ def test_when_nothing_fits_every_reason_is_told(files: dict[str, Path], capsys: 
         ("--device", DEVICE.replace("memory_mb = {}\n", ""), (), "(board): memory_mb is missing"),
         ("--task", 'data = "data"\npartition = "column:user"\n', (), "partition = 'column:user': no such column"),
         ("--task", 'data = "data"\nusers = "writer"\n', (), "[tasks.task]: 'users' must be one of data, text_column"),
-        ("--task", 'data = "data"\npartition = "column:writer"\n', ("--probe=-1m",), "probe = -1m: must be a number"),
-        ("--task", 'data = "data"\npartition = "column:writer"\n', ("--probe", "soon"), "write it in minutes"),
-        ("--task", 'data = "data"\npartition = "column:writer"\n', ("--hours", "nan"), "hours = nan: must be above 0"),
-        ("--task", 'data = "data"\npartition = "column:writer"\nmax_length = 12\n', ("--probe", "1e-6m"),
+        ("--task", 'data = "data"\nuser_column = "user"\n', (), "user_column = 'user': no such column in the data"),
+        ("--task", 'data = "data"\n', (), "nothing says whose a row is; add user_column = 'NAME', or partition"),
+        ("--task", USERS, ("--compression", "int3"), "compression = 'int3': must be one of none, bf16, width:SHARE"),
+        ("--task", USERS, ("--compression", "ready:nowhere"), "compression = 'ready:nowhere': there is no such folder"),
+        ("--task", USERS, ("--metric", "rouge-l"), "metric = 'rouge-l' is for responses to instructions, and task"),
+        ("--task", USERS, ("--metric", "mae"), "metric = 'mae' needs classes that are numbers, and task 'task' has"),
+        ("--task", USERS, ("--metric", "accurate"), "metric: 'accurate' must be one of accuracy, mae, perplexity"),
+        ("--task", USERS, ("--probe=-1m",), "probe = -1m: must be a number"),
+        ("--task", USERS, ("--probe", "soon"), "write it in minutes"),
+        ("--task", USERS, ("--hours", "nan"), "hours = nan: must be above 0"),
+        ("--task", USERS, ("--probe", "1e-6m"),
          "probe = 1e-06m: too short for one step of each of the best 4; use at least 0.01m"),
     ],
 )  # fmt: skip
@@ -240,11 +259,14 @@ def test_four_bits_are_spoken_of_where_they_save_no_memory(
 ) -> None:
     assert main(command(files, "--json")) == 0
     small = json.loads(capsys.readouterr().out)["notes"]
-    assert any("on a small model they need as much memory as bfloat16" in note for note in small)
+    assert any(
+        re.search(r"no memory is saved by int8 or nf4 .*: int8 \d+ MB, nf4 \d+ MB, bf16 \d MB, none \d MB$", note)
+        for note in small
+    )
     tiny_config("bert", vocab_size=1_000_000, hidden_size=1024).save_pretrained(tmp_path / "huge")
     assert main([*command(files, "--json", "--examples", "16"), "--model", str(tmp_path / "huge")]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert not any("4-bit" in note for note in answer["notes"])
+    assert not any("step on int8" in note for note in answer["notes"])  # none of them fits
     assert {option["levels"]["learner"] for option in answer["options"]} == {"rag"}
     assert any("first would be" in note and "if it could run: needs " in note for note in answer["notes"])
 
@@ -258,3 +280,27 @@ def test_ties_go_to_the_cheapest_and_the_order_of_the_models_does_not_matter(
     for first, second in itertools.pairwise(once):
         if first.strength == second.strength:
             assert first.plan.estimate.seconds <= second.plan.estimate.seconds
+
+
+def test_a_probe_tries_quantised_weights_and_a_ready_model(files: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")
+    files["--device"].write_text(DEVICE.format(200))
+    ready = f"ready:{files['--model']}"
+    trials: list[tuple[int, int]] = []
+    claims = [
+        {"text": f"{level} - none", "levels": [level, "none"], "interval": {"mean": 0.2, "low": 0.1, "high": 0.3}}
+        for level in ("nf4", ready)
+    ]
+    study = {"name": "earlier", "vary": {}, "fixed": {"examples": 9}}
+    (tmp_path / "report.json").write_text(json.dumps({"study": study, "differences": {"compression": claims}}))
+    found = recommend(
+        str(files["--device"]), str(files["--task"]), 9, 1.0, models=(str(files["--model"]),), compressions=(ready,),
+        encoder=str(files["--model"]), evidence=[tmp_path / "report.json"], probe_minutes=0.02,
+        on_probe=lambda done, of: trials.append((done, of)),
+    )  # fmt: skip
+    tried = [option for option in found.options if option.probed is not None]
+    assert tried == list(found.options[:4])
+    assert {option.levels.get("compression") for option in tried} == {None, "nf4", ready}
+    assert all("evidence: " in " ".join(option.reasons) for option in tried if option.levels["learner"] != "rag")
+    assert trials[-1] == (6, 6)  # the best four, and the better two of them for longer
+    assert (tried[0].probed or 0.0) >= (tried[1].probed or 0.0)
