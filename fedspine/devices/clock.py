@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedspine.devices.population import Population
+from fedspine.devices.profiles import DeviceType, Population
 from fedspine.types import FAILED, OUT_OF_MEMORY, Probe
 
+MOST_NAMES = 6
+"""Types that a figure can tell apart."""
 PROBE_BYTES = 32_768
 """Payload of an in-round probe, each way."""
 _TYPE, _MODE, _LINK, _JITTER, _SLOW, _AWAY = 101, 102, 103, 104, 105, 106
@@ -39,9 +41,7 @@ def device_state(population: Population, seed: int, device: int, round: int) -> 
     kind = population.types[type_indices(population, seed)[device]]
     epoch = (round - 1) // population.mode_rounds
     mode = kind.modes[int(np.random.default_rng([seed, epoch, device, _MODE]).integers(len(kind.modes)))]
-    link = np.random.default_rng([seed, round, device, _LINK])
-    group = int(np.random.default_rng([seed, device, _LINK]).integers(len(population.download_mbps)))
-    down, up = np.exp(population.bandwidth_sigma * link.standard_normal(2))
+    down_mbps, up_mbps = _bandwidth(population, kind, seed, device, round)
     noise = np.random.default_rng([seed, round, device, _JITTER]).standard_normal()
     trouble = population.perturbation
     slow = trouble.kind == "slowdown" and _hit(population.devices, trouble.share, (seed, _SLOW))[device]
@@ -51,13 +51,29 @@ def device_state(population: Population, seed: int, device: int, round: int) -> 
         type_name=kind.name,
         flops_per_second=kind.gflops * 1e9 * mode,
         iteration_seconds=kind.iteration_ms / 1e3,
-        download_bytes_per_second=population.download_mbps[group] * down * trouble.of("link") * 1e6 / 8,
-        upload_bytes_per_second=population.upload_mbps[group] * up * trouble.of("link") * 1e6 / 8,
-        latency_seconds=population.latency_ms / 1e3,
+        download_bytes_per_second=down_mbps * trouble.of("link") * 1e6 / 8,
+        upload_bytes_per_second=up_mbps * trouble.of("link") * 1e6 / 8,
+        latency_seconds=_own(kind.latency_ms, population.latency_ms) / 1e3,
         memory_bytes=kind.memory_mb * (trouble.of("memory") if late else 1.0) * 1e6,
-        jitter=float(np.exp(population.jitter * noise)) * (trouble.factor if slow else 1.0),
+        jitter=float(np.exp(_own(kind.jitter, population.jitter) * noise)) * (trouble.factor if slow else 1.0),
         away=bool(away) and population.devices > 1,
     )
+
+
+def _bandwidth(population: Population, kind: DeviceType, seed: int, device: int, round: int) -> tuple[float, float]:
+    """(download, upload) in Mbit/s."""
+    if population.traces:
+        return population.traces.read(seed, device, round)
+    noise = np.random.default_rng([seed, round, device, _LINK]).standard_normal(2)
+    down, up = np.exp(_own(kind.bandwidth_sigma, population.bandwidth_sigma) * noise)
+    if kind.download_mbps and kind.upload_mbps:
+        return kind.download_mbps * down, kind.upload_mbps * up
+    group = int(np.random.default_rng([seed, device, _LINK]).integers(len(population.download_mbps)))
+    return population.download_mbps[group] * down, population.upload_mbps[group] * up
+
+
+def _own(value: float | None, usual: float) -> float:
+    return usual if value is None else value
 
 
 class Meter(Protocol):
@@ -145,6 +161,36 @@ def type_indices(population: Population, seed: int) -> NDArray[np.unsignedintege
     """Type of every device [devices]: the catalogue's counts in a seeded order, one byte each. Read-only."""
     smallest = np.min_scalar_type(len(population.types) - 1)
     indices = np.repeat(np.arange(len(population.types), dtype=smallest), [kind.count for kind in population.types])
-    mixed = np.random.default_rng([seed, _TYPE]).permutation(indices)
+    mixed = np.random.default_rng([seed, _TYPE]).permutation(indices) if population.shuffled else indices
     mixed.flags.writeable = False
     return mixed
+
+
+@lru_cache(maxsize=2)
+def _calendars(population: Population, seed: int) -> NDArray[np.unsignedinteger[Any]] | None:
+    """Availability trace of every device [devices], where there are any."""
+    return None if population.availability is None else population.availability.calendars(seed, population.devices)
+
+
+def idle_bytes(population: Population, seed: int) -> int:
+    """Of what is kept for every device of a run."""
+    calendars = _calendars(population, seed)
+    return type_indices(population, seed).nbytes + (0 if calendars is None else calendars.nbytes)
+
+
+def absent(population: Population, seed: int, clock_seconds: float) -> NDArray[np.intp]:
+    """Devices that cannot take part in a round that begins at a virtual time, ascending."""
+    calendars = _calendars(population, seed)
+    if calendars is None or population.availability is None:
+        return np.empty(0, dtype=np.intp)
+    return np.flatnonzero(~population.availability.present(seed, clock_seconds)[calendars])
+
+
+def type_names(population: Population, seed: int) -> tuple[str, ...]:
+    """What a report calls the type of every device: its name, or where there are too many, its third by speed."""
+    speeds = [kind.gflops for kind in population.types]
+    names = [kind.name for kind in population.types]
+    if len(names) > MOST_NAMES:
+        ranks = np.argsort(np.argsort(speeds, kind="stable"))
+        names = [("slowest third", "middle third", "fastest third")[3 * rank // len(names)] for rank in ranks]
+    return tuple(names[index] for index in type_indices(population, seed))

@@ -20,6 +20,8 @@ LINK_VARIABLE = "FEDSPINE_LINK"
 """Names the file in which the SuperNode leaves what it timed, for the process that trains."""
 TELLING_BYTES = 32_768
 """A smaller transfer is mostly latency and tells nothing of the rate."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Of this process, where it runs in a container."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,21 @@ def read_link() -> Link:
         ) from None
 
 
+def available_bytes(cgroup: Path = CGROUP) -> float:
+    """Memory that is free on the machine, or in the container if that is less: the machine's figure knows no limits.
+
+    In a container what it has of files in its cache counts as free, as for the machine. Source: the Linux kernel's
+    Control Group v2, `memory.max`, `memory.current`, and `inactive_file` in `memory.stat`.
+    """
+    machine = float(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((cgroup / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return max(0.0, min(machine, limit - used + int(stat["inactive_file"])))
+    except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
+        return machine
+
+
 @dataclass(frozen=True)
 class MeasuredMeter:
     """Seconds that this device needs. Compute time runs from when the meter is made."""
@@ -68,7 +85,7 @@ class MeasuredMeter:
     @property
     def memory_bytes(self) -> float:
         """What is free, and what this process has already."""
-        return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+        return available_bytes() + float(psutil.Process().memory_info().rss)
 
     def refusal(self, nbytes: float) -> tuple[str, str] | None:
         return lack_of_memory(nbytes, self.memory_bytes)

@@ -1,0 +1,158 @@
+"""Does a twin fitted to the first half of a real run predict the second? Four throttled devices on this machine.
+
+    .venv/bin/python benchmarks/twin.py [--rounds 8] [--shares 1,0.8,0.6,0.4] [-s KEY=VALUE] [--out DIR | --run DIR]
+
+A SuperLink and a SuperNode per share on loopback (`fedspine serve`, `fedspine join`), with cost = measured. The process
+that trains for a device of share 0.4 is stopped (SIGSTOP) for 60 % of every 0.2 s: about 2.5 times as slow. It is left
+alone until it has started, as Flower starts another one where the first takes too long. The policy is random, so that
+rounds differ in pruning ratio and rank. Devices run side by side: on a machine of fewer cores, or with other work, they
+also slow one another down, which is then in what is predicted. `--out` keeps the run's directory; `--run` evaluates the
+one of an earlier run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from statistics import median
+
+import psutil
+
+from fedspine.config import load_config
+from fedspine.devices.fitting import fit, trained_pulls
+from fedspine.report.records import read_records
+
+CYCLE_SECONDS, START_SECONDS = 0.2, 3.0
+"""Of stopping and going on; of processor time, in which a client app starts."""
+FEDSPINE = [sys.executable, "-m", "fedspine"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--shares", default="1,0.8,0.6,0.4", help="of the time that each device runs")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, help="new directory for the run (default: one that is deleted)")
+    parser.add_argument("--run", type=Path, help="evaluate this run")
+    options = parser.parse_args()
+    shares = [float(share) for share in options.shares.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        out = (options.out or Path(folder) / "run").absolute()
+        directory = options.run or federated(Path(folder), out, shares, options.rounds, options.set)
+        evaluate(directory, shares)
+
+
+def federated(folder: Path, out: Path, shares: Sequence[float], rounds: int, keys: Sequence[str]) -> Path:
+    """A measured run in `out`; what else it needs is in `folder`."""
+    port = _free_port()
+    count = str(len(shares))
+    settings = ["method=fedspine", "policy=random", "cost=measured", f"rounds={rounds}", "eval_devices=1"]
+    settings += [f"devices={count}", f"sampled={count}", f"eval_every={rounds}", "eval_examples=64", *keys]
+    serve = [*FEDSPINE, "serve", "--insecure", "--host", "127.0.0.1", "--port", str(port), "--out", str(out)]
+    with ExitStack() as stack:
+        for number, share in enumerate(shares):
+            join = [*FEDSPINE, "join", "--insecure", "--server", f"127.0.0.1:{port}", "--name", f"device{number}"]
+            stack.enter_context(_joined([*join, "--state", f"state{number}"], folder, share, port))
+        command = [*serve, *(part for each in settings for part in ("-s", each))]
+        subprocess.run(command, cwd=folder, env=_environment(), check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+def evaluate(directory: Path, shares: Sequence[float]) -> None:
+    """Fit to the first half of the rounds, and hold the second against it."""
+    config, records = load_config(directory / "config.toml", {}), read_records(directory / "rounds.jsonl")
+    half = len(records) // 2
+    if not half:
+        sys.exit(f"{directory}: {len(records)} finished rounds, and at least two are needed")
+    errors = []
+    print(f"{config.devices} devices, {len(records)} rounds, fitted to the first {half}; medians of the others")
+    print(f"{'share':>6} {'GFLOP/s':>8} {'predicted':>10} {'measured':>10} {'error':>7}")
+    for device, share in enumerate(shares):
+        pulls = trained_pulls([pull for record in records for pull in record.pulls if pull.device == device])
+        known = fit([pull for pull in pulls if pull.round <= half], config.local_iterations)
+        later = [pull for pull in pulls if pull.round > half]
+        predicted = [known.seconds(pull, pull.action.steps(config.local_iterations)) for pull in later]
+        measured = [pull.report.seconds for pull in later]
+        own = [abs(guess / true - 1) for guess, true in zip(predicted, measured, strict=True)]
+        errors += own
+        print(
+            f"{share:>6.2f} {1e-9 / known.compute.slope:>8.2f} {median(predicted):>8.2f} s {median(measured):>8.2f} s "
+            f"{median(own):>7.1%}"
+        )
+    print(f"median error of a round's time: {median(errors):.1%} of {len(errors)} (bar: 20 %)")
+
+
+@contextmanager
+def _joined(command: Sequence[str], folder: Path, share: float, port: int) -> Iterator[None]:
+    """A device that joins as soon as the server listens, and is throttled until the block ends."""
+    ended = threading.Event()
+
+    def live() -> None:
+        while not _listens(port):
+            if ended.wait(0.5):
+                return
+        with subprocess.Popen(
+            command,
+            cwd=folder,
+            env=_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            while not ended.is_set():
+                _throttle(psutil.Process(process.pid), share)
+            process.terminate()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _throttle(device: psutil.Process, share: float) -> None:
+    """A second of a device's life."""
+    apps = [each for each in device.children(recursive=True) if _trains(each)]
+    for _ in range(round(1 / CYCLE_SECONDS)):
+        for act, seconds in ((psutil.Process.suspend, 1 - share), (psutil.Process.resume, share)):
+            for app in apps:
+                with suppress(psutil.NoSuchProcess):
+                    act(app)
+            time.sleep(seconds * CYCLE_SECONDS)
+
+
+def _trains(process: psutil.Process) -> bool:
+    """Whether it is a client app that has started."""
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        spent = process.cpu_times()
+        return "flwr-clientapp" in " ".join(process.cmdline()) and spent.user + spent.system > START_SECONDS
+    return False
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        return int(unused.getsockname()[1])
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+
+
+if __name__ == "__main__":
+    main()
