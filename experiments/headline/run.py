@@ -43,7 +43,7 @@ from fedspine.report.comparison_tables import (  # noqa: E402
 )
 
 METHODS = (
-    "fedspine", "fedspine + levers", "fedspine + levers + distilling", "fedspine-paper",
+    "fedspine", "fedspine + distilling", "fedspine without levers", "fedspine-paper",
     "loraprune", "llm-pruner", "apt", "magnitude", "random-pruning", "fedmp",
     "fedit", "ffa-lora", "rolora", "flexlora", "lora-fair", "hetlora", "fedprox", "flora", "fedex-lora", "fedsa-lora",
 )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 from fedspine import schedule
 
 POPULATIONS = ("jetson-80", "jetson-80-compute-bound", "jetson-80-communication-bound")
+PLAIN = {"sampling": "uniform", "roll_call": False, "wire_dtype": "float32"}
 COHORTS = {"sampling": "speed", "roll_call": True}
 ROWS: dict[str, dict[str, Any]] = {
     "fedavg": {"method": "fedavg"},
@@ -43,7 +44,9 @@ def _cell(population: str, keys: dict[str, Any]) -> str:
     found = []
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as directory:
-            run = schedule(out=Path(directory) / "run", population=population, rounds=24, seed=seed, **keys)
+            run = schedule(
+                out=Path(directory) / "run", population=population, rounds=24, seed=seed, **{**PLAIN, **keys}
+            )
         found.append(run.summary)
     seconds, waiting = (fmean(each[key] for each in found) for key in ("virtual_seconds", "mean_waiting_seconds"))
     return f"{seconds:.0f}, {waiting:.2f}"

@@ -66,8 +66,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     BOUND: {},
 }
 """Rows of the table; the name is the policy unless the keys say otherwise."""
-ONCE = {"probe": "first", "timed_examples": 0}
-"""A whole iteration is probed, in a device's first round, unless a row says otherwise."""
+ALONE = {
+    "sampling": "uniform", "roll_call": False, "wire_dtype": "float32", "probe": "first", "timed_examples": 0
+}  # fmt: skip
+"""The policies by themselves, without what method fedspine has beside its policy; a whole iteration is probed, in a
+device's first round, unless a row says otherwise."""
 
 Floats = NDArray[np.float64]
 Curves = dict[str, dict[int, dict[str, Floats]]]
@@ -102,7 +105,7 @@ def _curves(cell: str, out: Path) -> Curves:
             directory = out / f"{cell}-{policy}-seed{seed}".replace(",", "").replace(" ", "-")
             if not (directory / "summary.json").exists():
                 shutil.rmtree(directory, ignore_errors=True)  # killed: a schedule does not resume
-                schedule(out=directory, **{"policy": policy, "seed": seed, **ONCE, **CELLS[cell], **keys})
+                schedule(out=directory, **{"policy": policy, "seed": seed, **ALONE, **CELLS[cell], **keys})
             lines = [json.loads(line) for line in (directory / "schedule.jsonl").read_text().splitlines()]
             curves.setdefault(policy, {})[seed] = {
                 key: np.array([line[key] for line in lines]) for key in ("clock_seconds", "worth", "waiting_seconds")
