@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from fedspine import __version__
 from fedspine.commands import (
     bench,
+    calibrate,
     certificates,
     compare,
     export,
+    health,
     join,
     keys,
     recommend,
@@ -24,7 +26,8 @@ from fedspine.errors import FedSpineError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code is 0, 2 for a mistake that can be mended, 130 when interrupted."""
+    """Entry point; the exit code is 0, 1 when nothing can be recommended, 2 for a mistake that can be mended, 130 when
+    interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.execute(options))
@@ -44,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedspine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (simulate, compare, study, recommend, export, bench, schedule, certificates, serve, join, keys):
+    deployment = (certificates, serve, join, health)
+    for command in (simulate, compare, study, recommend, export, bench, schedule, calibrate, *deployment, keys):
         command.add(commands)
     return parser

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from fedspine.allocator import keep_freed_memory
 from fedspine.config import RunConfig
@@ -34,6 +35,7 @@ from fedspine.structure import ModelShape, Structure
 from fedspine.training import LocalOptimizer, evaluate, tune
 from fedspine.types import (
     FAILED,
+    OUT_OF_MEMORY,
     TRAINED,
     Arrays,
     EvaluateReply,
@@ -101,8 +103,26 @@ class Local:
 def train(request: TrainRequest, own: bool = False) -> TrainReply:
     """A device's local round. Out of memory is an outcome, not an error.
 
-    `own`: the process serves one device only, and need not keep what that device has cut.
+    `own`: the process serves one device only, and need not keep what that device has cut. What runs out then is the
+    device's memory; in a simulation it is that of the machine that simulates.
     """
+    try:
+        return _train(request, own)
+    except Exception as error:
+        if own and ran_out_of_memory(error):
+            message = " ".join(f"ran out of memory while training: {error}".split())
+            return TrainReply(request.device, Report(OUT_OF_MEMORY, message=message), request.structure, {}, None)
+        raise
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Python's error, or one of PyTorch's: on a CPU that is an ordinary `RuntimeError`."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _train(request: TrainRequest, own: bool) -> TrainReply:
     bench = _bench_for(request)
     configure_threads(bench.config.threads)
     if not own:
@@ -242,14 +262,10 @@ def iteration_seconds(bench: Workbench, device: int, structure: Structure, rank:
     bench.resident.mount(structure, narrow(bench.start, structure, rank, bench.shape))
     optimizer = LocalOptimizer(bench.resident, config.learning_rate, config.clip_norm)
     batches = list(bench.training_batches(device, 0, 1 + TIMED_STEPS))
-    tune(bench.resident, optimizer, batches[:1], _nothing, _nothing, Stopwatch())
+    tune(bench.resident, optimizer, batches[:1])
     began = time.perf_counter()
-    tune(bench.resident, optimizer, batches[1:], _nothing, _nothing, Stopwatch())
+    tune(bench.resident, optimizer, batches[1:])
     return (time.perf_counter() - began) / TIMED_STEPS
-
-
-def _nothing(*_: object) -> None:
-    pass
 
 
 def evaluate_device(request: EvaluateRequest, own: bool = False) -> EvaluateReply:

@@ -9,33 +9,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fedspine.config_key import checked, toml_value
+from fedspine.config_key import key_field as _key
 from fedspine.config_rules import check_together
 from fedspine.errors import ConfigError
 from fedspine.methods import METHODS
 from fedspine.toml_file import read_toml
 
 _METHOD_HELP = "preset of the keys below: fedspine (measured best), fedspine-paper (faithful), or a baseline"
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a configuration key means and which values it takes."""
-
-    help: str
-    choices: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-
-
-def _key(default: Any, help: str, *choices: str, min: float | None = None, max: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"key": Key(help, choices, min, max)})
+MOST_CALLED = 2000
+"""Devices in a roll call, which takes a message to each; where there are more there is none."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +59,20 @@ class RunConfig:
     devices: int = _key(80, "devices in the federation", min=1, max=1_000_000)
     sampled: int = _key(10, "devices that take part in a round", min=1)
     rounds: int = _key(16, "rounds", min=1, max=100_000)
-    sampling: str = _key("uniform", "who takes part in a round: drawn, or devices of like speed", "uniform", "speed")
+    sampling: str = _key("speed", "who takes part in a round: drawn, or devices of like speed", "uniform", "speed")
     quorum: float = _key(0.5, "share of the sampled devices that must reply for a round to count", min=0.0, max=1.0)
     close_at: float = _key(1.0, "share of a round's devices whose replies close it; 1: all of them", min=0.05, max=1.0)
     max_staleness: int = _key(4, "close_at below 1: rounds after which a late reply is dropped", min=1, max=1000)
+    deadline_seconds: float = _key(
+        0.0, "wall time that real devices have for an answer, after which a round goes on without them; 0: no limit",
+        min=0.0, max=1e6,
+    )  # fmt: skip
     partition: str = _key(
         "auto", "who has which rows: auto, iid, dirichlet, shards, column:NAME (one device per value), or all"
     )
     dirichlet_alpha: float = _key(1.0, "label skew of partition=dirichlet; smaller is more skewed", min=0.01, max=1e4)
     min_classes: int = _key(2, "classes that every device must hold; 1 allows one-class devices", min=1)
-    population: str = _key("jetson-80", "device catalogue: a built-in name or a TOML file")
+    population: str = _key("jetson-80", "device catalogue, built in or a file; after commas files of traces")
     perturbation: str = _key(
         "none", "what goes wrong on the simulated devices: none, dropout:SHARE, slowdown:SHARExFACTOR, link:SCALE or "
         "memory:SCALE (in the second half of the rounds)",
@@ -99,7 +92,7 @@ class RunConfig:
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
     logit_adjustment: float = _key(
-        0.0, "weight of a device's log class prior in its training logits (label skew); 0: none", min=0.0, max=10.0
+        1.0, "weight of a device's log class prior in a classifier's training logits (label skew)", min=0.0, max=10.0
     )
     clip_norm: float = _key(1.0, "gradient norm bound of a device's step", min=1e-6, max=1e6)
     proximal: float = _key(0.0, "pull of a device towards what it received, mu of FedProx; 0: none", min=0.0, max=1e3)
@@ -120,20 +113,18 @@ class RunConfig:
     )
     lora_scale: float = _key(2.0, "alpha / rank, the same at every rank", min=1e-3, max=1e3)
     adapter_rate: str = _key(
-        "equal", "learning rate of adapters: equal at all ranks, or the usual one at fixed_rank and in inverse "
+        "inverse-rank", "learning rate of adapters: equal at all ranks, or the usual one at fixed_rank and in inverse "
         "proportion to the rank, so that a step of AdamW moves the product B A equally far", "equal", "inverse-rank",
     )  # fmt: skip
     min_rank: int = _key(4, "smallest LoRA rank", min=1, max=1024)
     max_rank: int = _key(16, "largest LoRA rank, and the rank of the server's adapters", min=1, max=1024)
-
     trained_factors: str = _key(
         "both", "LoRA factors that are trained and uploaded: both, B alone with A as it started (FFA-LoRA), "
         "B in odd rounds and A in even ones (RoLoRA), or both trained and A shared, B and head kept (FedSA-LoRA)",
         "both", "b", "alternate", "local-b",
     )  # fmt: skip
 
-    wire_dtype: str = _key("float32", "type of adapters and head while they travel", "float32", "float16")
-
+    wire_dtype: str = _key("float16", "type of adapters and head while they travel", "float32", "float16")
     rank_decay: float = _key(
         1.0, "share of its rank that a device keeps when what lies beyond became smaller (HetLoRA); 1: it keeps all",
         min=0.5, max=1.0,
@@ -152,6 +143,7 @@ class RunConfig:
         "fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random", "taylor"
     )
     masks: str = _key("shared", "whose score cuts a device: the server's, its own, or both", "shared", "own", "mixed")
+    regrowth: bool = _key(True, "cut the whole model anew in every round: what went by early scores can return")
     layer_budget: str = _key(
         "uniform", "heads and channels that a layer keeps: as many as any other, which stock transformers can load, or "
         "those with the best score per parameter in the whole model", "uniform", "global",
@@ -184,12 +176,11 @@ class RunConfig:
     probe: str = _key(
         "always",
         "time a part of an iteration and a small transfer before a configuration is fixed: in a device's first round, "
-        "or in all",
-        "never",
-        "first",
-        "always",
+        "or in all", "never", "first", "always",
+    )  # fmt: skip
+    roll_call: bool = _key(
+        True, f"time them on all devices (at most {MOST_CALLED}) before round 1, for sampling and policy"
     )
-    roll_call: bool = _key(False, "time them on all devices before the first round, for sampling=speed and policies")
     timed_examples: int = _key(
         2, "rows of the local iteration that a probe times: fewer cost a device less; 0: a whole batch", min=0, max=4096
     )
@@ -213,7 +204,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(RunConfig)
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
+            object.__setattr__(self, field.name, checked(field, hints[field.name], getattr(self, field.name)))
         check_together(self)
 
     @property
@@ -224,7 +215,8 @@ class RunConfig:
     @property
     def uses_roll_call(self) -> bool:
         """The same of a probe of all devices, which sampling can use as well."""
-        return self.roll_call and (self._asks_for_times or self.sampling == "speed")
+        wanted = self._asks_for_times or self.sampling == "speed"
+        return self.roll_call and wanted and self.devices <= MOST_CALLED
 
     @property
     def _asks_for_times(self) -> bool:
@@ -276,7 +268,7 @@ class RunConfig:
         lines = ["# Complete configuration of a FedSpine run: `fedspine simulate config.toml` repeats it."]
         for field in dataclasses.fields(self):
             lines.append(f"# {field.metadata['key'].help}")
-            lines.append(f"{field.name} = {_toml(getattr(self, field.name))}")
+            lines.append(f"{field.name} = {toml_value(getattr(self, field.name))}")
         return "\n".join(lines) + "\n"
 
 
@@ -307,43 +299,3 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
-
-
-def _checked(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
-    key: Key = field.metadata["key"]
-    name = field.name
-    if kind is tuple[str, ...] or kind == tuple[str, ...]:
-        items = tuple(value.split(",")) if isinstance(value, str) else value
-        words = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
-        if not words or (field.default and not items):
-            raise ConfigError(f"{name} = {value!r}: must be a list of words, such as {_toml(field.default)}")
-        for item in items:
-            if key.choices and item not in key.choices:
-                raise ConfigError(f"{name} = {value!r}: '{item}' must be one of {', '.join(key.choices)}")
-        return tuple(items)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1e300 else math.inf if value > 0 else -math.inf
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{name} = {value!r}: must be {_KINDS[kind]}, such as {_toml(field.default)}")
-    if key.choices and value not in key.choices:
-        near = difflib.get_close_matches(value, key.choices, n=1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(key.choices)}{hint}")
-    if key.minimum is not None and not value >= key.minimum:
-        raise ConfigError(f"{name} = {value}: must be at least {key.minimum:g}")
-    if key.maximum is not None and not value <= key.maximum:
-        raise ConfigError(f"{name} = {value}: must be at most {key.maximum:g}")
-    return value
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)

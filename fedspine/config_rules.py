@@ -21,7 +21,6 @@ _NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
     ("rank_growth", (1.0,), {"policy": ("fixed",), "trained_factors": ("both",), "rank_decay": (1.0,)}),
     ("rank_growth", (1.0,), {"aggregation": _FACTORWISE, "fold": ("none",)}),
     ("wire_dtype", ("float32",), {"fold": ("none",)}),
-    ("logit_adjustment", (0.0,), {"task": ("classification",)}),
     ("distill_steps", (0,), {"task": ("classification",), "fold": ("none",), "trained_factors": ("both", "b")}),
     ("close_at", (1.0,), {"fold": ("none",), "trained_factors": ("both", "b"), "aggregation": _UNNORMED}),
 )
@@ -65,6 +64,11 @@ def check_simulated(config: RunConfig) -> None:
         raise ConfigError(
             f"cost = '{config.cost}': simulated devices have no clock but the virtual one; use cost = 'virtual', or "
             "run it on real devices with `fedspine serve`"
+        )
+    if config.deadline_seconds:
+        raise ConfigError(
+            f"deadline_seconds = {config.deadline_seconds:g}: simulated devices are not waited for by the wall clock; "
+            "use close_at, which closes a round on the virtual one, or run it on real devices with `fedspine serve`"
         )
 
 

@@ -5,16 +5,16 @@
 2. The exchange carries the requests to the devices and their replies back.
 3. `finish_round` aggregates in device order, merges importance, rewards the policy's choices and advances the clock.
 
-Nothing here knows torch, Flower or the simulator: the exchange, the policy and the evaluation are handed in.
+Nothing here knows torch, Flower or the simulator: the exchange (exchange.py), the policy and the evaluation are handed
+in.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Protocol
 
 from fedspine.aggregation import RULES
 from fedspine.aggregation.fold import folded, missed_ranks
@@ -22,16 +22,17 @@ from fedspine.aggregation.personal import kept_by_devices, own_part
 from fedspine.aggregation.product import average
 from fedspine.aggregation.update import Update
 from fedspine.config import RunConfig
-from fedspine.controller.cohort import Fleet, choose_devices
+from fedspine.controller.cohort import Absent, Fleet, choose_devices, gather
 from fedspine.controller.policy import Policy, rank_grid
 from fedspine.controller.rank_budget import allotted, awakened, for_rank
-from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
+from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio, quorum
 from fedspine.cost import Workload
+from fedspine.exchange import Attendance, Exchange, call_roll, probe_devices, train_devices
 from fedspine.late import AwaitedReply, close_round
 from fedspine.lora.adapters import narrow
 from fedspine.lora.factors import completed, restored, sent, trained_sides
 from fedspine.pruning.scoreboard import pruning_scores, update_own, update_shared
-from fedspine.pruning.select import select
+from fedspine.pruning.select import recut
 from fedspine.randomness import Purpose
 from fedspine.report.observer import Observer
 from fedspine.round_record import awaited, round_record
@@ -42,27 +43,12 @@ from fedspine.types import (
     Action,
     Arrays,
     Candidate,
-    EvaluateReply,
-    EvaluateRequest,
     Probe,
-    ProbeRequest,
     RoundRecord,
     Scores,
     TrainReply,
     TrainRequest,
 )
-
-
-class Exchange(Protocol):
-    """Carries requests to devices. Replies come back in the order of the requests."""
-
-    def probe(self, requests: Sequence[ProbeRequest]) -> list[Probe]: ...
-
-    def train(self, requests: Sequence[TrainRequest], on_reply: Callable[[TrainReply], None]) -> list[TrainReply]: ...
-
-    def evaluate(
-        self, requests: Sequence[EvaluateRequest], on_reply: Callable[[EvaluateReply], None]
-    ) -> list[EvaluateReply]: ...
 
 
 @dataclass(frozen=True)
@@ -116,6 +102,7 @@ class Federation:
     evaluate: Callable[[Structure, Arrays], Evaluation]
     """Accuracy of the model cut to a structure, with adapters in full coordinates."""
     observer: Observer
+    absent: Absent
 
 
 @dataclass(frozen=True)
@@ -129,6 +116,9 @@ class RoundPlan:
     probes: tuple[Probe | None, ...]
     roll_call: Mapping[int, Probe]
     """By device, before the first round."""
+    attendance: Attendance
+    waited_seconds: float
+    """Until enough devices could take part."""
 
 
 def run_rounds(
@@ -145,7 +135,7 @@ def run_rounds(
             plan = plan_round(federation, state, history, round)
         federation.observer.round_started(round, [request.device for request in plan.requests])
         with watch.part("exchange"):
-            replies = _exchange(federation, plan)
+            replies = train_devices(federation, plan)
         with watch.part("aggregate"):
             state, record = finish_round(federation, state, history, plan, replies)
         del plan, replies  # the adapters of all devices, twice: not beside those of the next round
@@ -162,14 +152,17 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
     """Sample devices and decide what each one does. The same state and records give the same plan."""
     config, shape = federation.config, federation.shape
     pulls = [pull for record in records for pull in record.pulls]
-    called = records[0].roll_call if records else _roll_call(federation)
-    busy = {each.pull.device for each in state.pending}
+    there = federation.exchange.attendance(quorum(config, config.sampled))
+    called = records[0].roll_call if records else call_roll(federation, there.away)
+    began = records[-1].clock_seconds if records else 0.0
+    pending = {each.pull.device for each in state.pending}
+    busy, waited = gather(config, began, pending | there.away, federation.absent)
     devices = choose_devices(
         config, round, federation.workload, lambda: Fleet.of(config.devices, pulls).with_roll_call(called), busy
     )
     structures = [state.structures.get(device, Structure.full(shape)) for device in devices]
     before = [structure.sparsity(shape) for structure in structures]
-    probes = _probe(federation, {*called, *(pull.device for pull in pulls)}, round, devices, structures)
+    probes = probe_devices(federation, {*called, *(pull.device for pull in pulls)}, round, devices, structures)
     ranks = rank_grid(config.min_rank, config.max_rank)
     took_part = Counter(pull.device for pull in pulls if pull.report.outcome == TRAINED)
     candidates = []
@@ -193,9 +186,8 @@ def plan_round(federation: Federation, state: ServerState, records: Sequence[Rou
         _request(federation, state, round, device, action, structure, took_part[device], adapters, behind)
         for device, action, structure, behind in zip(devices, actions, structures, missed, strict=True)
     )
-    return RoundPlan(
-        round, floor_ratio(config, round), requests, tuple(before), tuple(probes), {} if records else called
-    )
+    floor, first = floor_ratio(config, round), {} if records else called
+    return RoundPlan(round, floor, requests, tuple(before), tuple(probes), first, there, waited)
 
 
 def finish_round(
@@ -236,7 +228,7 @@ def finish_round(
         own |= {device: update_own(own.get(device), scores) for device, _, scores in scored}
     consensus = state.consensus
     if shared is not None and plan.floor > 0:
-        consensus = select(consensus, shared, plan.floor, shape, config.layer_budget)
+        consensus = recut(consensus, shared, plan.floor, shape, config)
     new_state = ServerState(
         round=plan.round,
         arrays=arrays,
@@ -269,35 +261,6 @@ def evaluate_round(federation: Federation, state: ServerState, record: RoundReco
     return record
 
 
-def _probe(
-    federation: Federation, met: Collection[int], round: int, devices: Sequence[int], structures: Sequence[Structure]
-) -> list[Probe | None]:
-    """A fresh measurement of the devices that have to be probed in this round; None for the others.
-
-    `met`: those that were measured before.
-    """
-    config = federation.config
-    known = met if config.probe == "first" else ()
-    wanted = {
-        device: ProbeRequest(round, device, structure, config.fixed_rank, config.to_json())
-        for device, structure in zip(devices, structures, strict=True)
-        if config.uses_probe and device not in known
-    }
-    done = dict(zip(wanted, federation.exchange.probe(list(wanted.values())), strict=True)) if wanted else {}
-    return [done.get(device) for device in devices]
-
-
-def _roll_call(federation: Federation) -> dict[int, Probe]:
-    """A measurement of all devices, where the configuration asks for it."""
-    config = federation.config
-    if not config.uses_roll_call:
-        return {}
-    full, settings = Structure.full(federation.shape), config.to_json()
-    devices = range(config.devices)
-    requests = [ProbeRequest(1, device, full, config.fixed_rank, settings) for device in devices]
-    return dict(zip(devices, federation.exchange.probe(requests), strict=True))
-
-
 def _request(
     federation: Federation,
     state: ServerState,
@@ -315,7 +278,7 @@ def _request(
     if scores is not None:
         before = structure.sparsity(shape)
         first = before + (action.pruning_ratio - before) / cuts
-        structure = select(structure, scores, first, shape, config.layer_budget)
+        structure = recut(structure, scores, first, shape, config)
     rank = action.lora_rank
     own = own_part(state.local, device, state.arrays, structure, rank, shape)
     return TrainRequest(
@@ -328,18 +291,3 @@ def _request(
         settings=config.to_json(),
         missed_rank=missed_rank,
     )
-
-
-def _exchange(federation: Federation, plan: RoundPlan) -> list[TrainReply]:
-    """Longest local rounds first, so that no worker is left with a long one at the end; replies in device order."""
-
-    def flops(request: TrainRequest) -> float:
-        workload, action = federation.workload, request.action
-        return workload.share(action) * workload.round_flops(request.structure, action.lora_rank)
-
-    replies = federation.exchange.train(
-        sorted(plan.requests, key=flops, reverse=True),
-        lambda reply: federation.observer.device_done(plan.round, reply.device, reply.report.outcome),
-    )
-    by_device = {reply.device: reply for reply in replies}
-    return [by_device[request.device] for request in plan.requests]

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from fedspine.aggregation.personal import own_part
 from fedspine.config import RunConfig
+from fedspine.errors import FederationError
 from fedspine.federation import Federation, ServerState
 from fedspine.lora.adapters import narrow
 from fedspine.lora.factors import LOCAL_B, sent
 from fedspine.pruning.scoreboard import pruning_scores
-from fedspine.pruning.select import select
+from fedspine.pruning.select import recut
 from fedspine.randomness import Purpose, generator
 from fedspine.structure import ModelShape, Structure
 from fedspine.types import TRAINED, Arrays, EvaluateReply, EvaluateRequest, RoundRecord
@@ -23,14 +24,14 @@ def prune_everyone(federation: Federation, state: ServerState, records: Sequence
     config, shape = federation.config, federation.shape
     if config.target_sparsity == 0 or state.shared_scores is None:
         return state
-    target, budget = config.target_sparsity, config.layer_budget
+    target = config.target_sparsity
     took_part = Counter(pull.device for record in records for pull in record.pulls if pull.report.outcome == TRAINED)
-    uncut = select(Structure.full(shape), state.shared_scores, target, shape, budget)
+    uncut = recut(Structure.full(shape), state.shared_scores, target, shape, config)
     structures = dict.fromkeys(range(config.devices), uncut)
     for device, structure in state.structures.items():
         scores = pruning_scores(config.masks, device, state.shared_scores, state.own_scores, took_part[device])
-        structures[device] = select(structure, scores or state.shared_scores, target, shape, budget)
-    consensus = select(state.consensus, state.shared_scores, target, shape, budget)
+        structures[device] = recut(structure, scores or state.shared_scores, target, shape, config)
+    consensus = recut(state.consensus, state.shared_scores, target, shape, config)
     return replace(state, structures=structures, consensus=consensus)
 
 
@@ -51,7 +52,10 @@ def evaluate_devices(federation: Federation, state: ServerState) -> list[Evaluat
     """The devices' own cut models as they end, see `device_arrays`; replies by device.
 
     At most `eval_devices` of them. The evaluation set is the same for all, so devices that keep the same structure, and
-    have nothing else of their own, are evaluated once.
+    have nothing else of their own, are evaluated once, by the first of them that is there. What is not answered is left
+    out.
+
+    Errors: `FederationError` when none answers.
     """
     config, shape = federation.config, federation.shape
     wanted = min(config.eval_devices or config.devices, config.devices)
@@ -59,7 +63,9 @@ def evaluate_devices(federation: Federation, state: ServerState) -> list[Evaluat
     devices = sorted(rng.choice(config.devices, wanted, replace=False).tolist())
     whole = Structure.full(shape)
     models = [(state.structures.get(one, whole), one if one in state.local else None) for one in devices]
-    first = {model: device for device, model in zip(reversed(devices), reversed(models), strict=True)}
+    away = federation.exchange.attendance(1).away
+    by_presence = sorted(zip(devices, models, strict=True), key=lambda pair: (pair[0] in away, pair[0]), reverse=True)
+    first = {model: device for device, model in by_presence}
     requests = [
         EvaluateRequest(
             state.round, device, structure, device_arrays(config, state, device, structure, shape), config.to_json()
@@ -74,4 +80,14 @@ def evaluate_devices(federation: Federation, state: ServerState) -> list[Evaluat
         federation.observer.evaluating(done, len(requests))
 
     replies = dict(zip(first, federation.exchange.evaluate(requests, count), strict=True))
-    return [replace(replies[model], device=device) for device, model in zip(devices, models, strict=True)]
+    answers = [
+        replace(reply, device=device)
+        for device, model in zip(devices, models, strict=True)
+        if (reply := replies[model]) is not None
+    ]
+    if not answers:
+        raise FederationError(
+            f"all {config.rounds} rounds are done, but no device answered the evaluation; continue with --resume when "
+            "devices are there"
+        )
+    return answers

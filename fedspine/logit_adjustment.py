@@ -16,8 +16,11 @@ SMOOTHING = 0.02
 
 
 def logit_shift(labels: NDArray[np.int64], classes: int, strength: float) -> torch.Tensor | None:
-    """What is added to the training logits of a device with these labels [classes]; None where it is nothing."""
-    if not strength:
+    """What is added to the training logits of a device with these labels [classes]; None where it is nothing.
+
+    A language model has no `classes`.
+    """
+    if not (strength and classes):
         return None
     prior = np.bincount(labels, minlength=classes) / len(labels)
     return torch.from_numpy((strength * np.log(prior + SMOOTHING)).astype(np.float32))

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-_UNPRUNED: dict[str, Any] = {"policy": "fixed", "aggregation": "coordinate", "target_sparsity": 0.0}
-_PRUNED: dict[str, Any] = {"policy": "fixed", "aggregation": "coordinate"}
+PLAIN: dict[str, Any] = {
+    "sampling": "uniform",
+    "roll_call": False,
+    "adapter_rate": "equal",
+    "wire_dtype": "float32",
+    "regrowth": False,
+    "logit_adjustment": 0.0,
+}
+"""Without the levers that FedSpine has beyond the paper."""
+_PRUNED: dict[str, Any] = {**PLAIN, "policy": "fixed", "aggregation": "coordinate"}
 """The same ratio and rank for all devices, one shared mask."""
+_UNPRUNED: dict[str, Any] = {**_PRUNED, "target_sparsity": 0.0}
 
 METHODS: dict[str, dict[str, Any]] = {
     "fedspine": {},
     "fedspine-paper": {
+        **PLAIN,
         "policy": "s-ucb",
         "importance": "lora-gradient",
         "masks": "own",
@@ -34,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {**_PRUNED, "importance": "magnitude"},
     "random-pruning": {**_PRUNED, "importance": "random"},
     "fedmp": {
+        **PLAIN,
         "policy": "e-ucb",
         "importance": "magnitude",
         "masks": "own",

@@ -15,8 +15,9 @@ from statistics import fmean
 
 from fedspine.config import RunConfig, load_config
 from fedspine.controller.reward import reward_pulls
-from fedspine.devices.clock import VirtualMeter, device_state
-from fedspine.devices.population import Population, population_of
+from fedspine.devices.clock import VirtualMeter, device_state, type_names
+from fedspine.devices.population import population_of
+from fedspine.devices.profiles import Population
 from fedspine.report.curves import draw_curves
 from fedspine.report.records import read_records, record_to_line, write_atomically
 from fedspine.report.summary import time_to_target
@@ -29,8 +30,8 @@ TIME_BLIND = {"policy": ("fixed", "random"), "sampling": ("uniform",), "local_wo
 def retime_run(source: Path, config: RunConfig, directory: Path) -> bool:
     """Write the run of `config` into `directory` from that of `source`, if the two differ in the population only.
 
-    Whether it could: not for choices that see times, an unfinished or other run, or devices that lack memory in one
-    of the two. The new directory has no checkpoint: its model is that of `source`.
+    Whether it could: not for choices that see times, an unfinished or other run, devices that come and go, or that lack
+    memory in one of the two. The new directory has no checkpoint: its model is that of `source`.
     """
     blind = all(getattr(config, key) in values for key, values in TIME_BLIND.items())
     if not blind or not (source / "summary.json").is_file():
@@ -39,6 +40,8 @@ def retime_run(source: Path, config: RunConfig, directory: Path) -> bool:
     if replace(before, population=config.population) != config:
         return False
     old, new = (population_of(each) for each in (before, config))
+    if old.availability or new.availability:  # who takes part then depends on the clock
+        return False
     records = retimed(read_records(source / "rounds.jsonl"), config, old, new)
     if records is None:
         return False
@@ -51,8 +54,7 @@ def retime_run(source: Path, config: RunConfig, directory: Path) -> bool:
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "config.toml", config.to_toml().encode())
     write_atomically(directory / "rounds.jsonl", "".join(record_to_line(each) + "\n" for each in records).encode())
-    types = tuple(device_state(new, config.seed, device, 1).type_name for device in range(config.devices))
-    draw_curves(records, config, types, directory / "curves.png")
+    draw_curves(records, config, type_names(new, config.seed), directory / "curves.png")
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return True
 

@@ -44,7 +44,9 @@ def round_record(
     past = [pull for record in records for pull in record.pulls]
     rewarded = reward_pulls(config.reward, config.target_sparsity, past, pulls)
     probes = [*plan.roll_call.values(), *(each.pull.probe for each in asked if each.pull.probe)]
-    seconds = closing.seconds + max((probe.seconds for probe in plan.roll_call.values()), default=0.0)
+    seconds = (
+        plan.waited_seconds + closing.seconds + max((probe.seconds for probe in plan.roll_call.values()), default=0.0)
+    )
     return RoundRecord(
         round=plan.round,
         floor_ratio=plan.floor,
@@ -55,4 +57,6 @@ def round_record(
         uploaded_bytes=sum(pull.report.upload_bytes for pull in pulls),
         downloaded_bytes=sum(each.pull.report.download_bytes for each in asked) + sum(probe.bytes for probe in probes),
         roll_call=plan.roll_call,
+        away=tuple(sorted(plan.attendance.away)),
+        discarded=plan.attendance.discarded,
     )

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,13 +22,13 @@ from numpy.typing import NDArray
 
 from fedspine.config import RunConfig, configured
 from fedspine.config_rules import check_simulated
-from fedspine.controller.cohort import choose_devices
+from fedspine.controller.cohort import choose_devices, gather
 from fedspine.controller.history import History
 from fedspine.controller.policy import make_policy, rank_grid
 from fedspine.controller.reward import cut_share, log_reference, with_rewards
 from fedspine.controller.schedule import allowed_range, check_quorum, floor_ratio
 from fedspine.cost import workload_of
-from fedspine.devices.clock import VirtualMeter, device_state, type_indices
+from fedspine.devices.clock import VirtualMeter, absent, device_state, idle_bytes
 from fedspine.devices.population import population_of
 from fedspine.errors import ConfigError
 from fedspine.late import Awaited, Closing, close_round
@@ -154,7 +155,7 @@ class _Scheduler:
             raise ConfigError(
                 f"rounds = {config.rounds}: with sampled = {config.sampled} there is no memory for so many pulls"
             ) from None
-        self.idle_bytes = self.history.idle_bytes + type_indices(self.population, config.seed).nbytes
+        self.idle_bytes = self.history.idle_bytes + idle_bytes(self.population, config.seed)
         self.planning_seconds = 0.0
         self._meters: dict[int, VirtualMeter] = {}
         """Of the devices of the round that is played."""
@@ -171,7 +172,8 @@ class _Scheduler:
         began = time.perf_counter()
         called = self._roll_call() if number == 1 else 0.0
         fleet = self.history.fleet
-        busy = {each.pull.device for each in self._late}
+        late = {each.pull.device for each in self._late}
+        busy, waited = gather(config, self._clock_seconds, late, partial(absent, self.population, config.seed))
         devices = choose_devices(config, number, self.workload, lambda: fleet().with_roll_call(self._called), busy)
         self.planning_seconds += time.perf_counter() - began
         self._meters = {
@@ -200,7 +202,7 @@ class _Scheduler:
         reference = math.exp(self._log_reference) if self._log_reference is not None else 0.0
         pulls = list(with_rewards(config.reward, pulls, self._qualities(number, pulls), reference))
         self.history.add(pulls)
-        self._clock_seconds += called
+        self._clock_seconds += called + waited
         return self._line(number, pulls, closing)
 
     def _roll_call(self) -> float:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from fedspine.config_rules import check_deployable, check_simulated
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
 from fedspine.data.prepared import shared
-from fedspine.devices.clock import VirtualMeter, device_state
+from fedspine.devices.clock import VirtualMeter, absent, device_state, type_names
 from fedspine.distillation import distilled
 from fedspine.errors import CheckpointError, ConfigError
+from fedspine.exchange import Exchange
 from fedspine.federation import (
     Evaluation,
-    Exchange,
     Federation,
     ServerState,
     run_rounds,
@@ -236,6 +237,7 @@ class _Run:
             exchange=exchange,
             evaluate=self._evaluate,
             observer=self.observer,
+            absent=partial(absent, bench.population, config.seed),
         )
         self._warm_up(exchange)
         startup_seconds = time.perf_counter() - began
@@ -282,8 +284,7 @@ class _Run:
     def _device_types(self) -> tuple[str, ...]:
         if self.config.cost == "measured":
             return ("real",) * self.config.devices
-        population, seed = self.bench.population, self.config.seed
-        return tuple(device_state(population, seed, device, 1).type_name for device in range(self.config.devices))
+        return type_names(self.bench.population, self.config.seed)
 
     def _warm_up(self, exchange: Exchange) -> None:
         """Let every worker load model and data before the clock of the rounds starts. A real device loads them anew
@@ -325,8 +326,9 @@ class _Run:
 
 def _check_paths(config: RunConfig) -> None:
     """Errors: `ConfigError` for a relative path: the workers on a cluster start in another folder."""
-    for key in ("model", "data", "population"):
-        value = getattr(config, key)
+    values = [("model", config.model), ("data", config.data)]
+    values += [("population", part.strip()) for part in config.population.split(",")]
+    for key, value in values:
         if value != getattr(RunConfig, key) and os.path.exists(value) and not os.path.isabs(value):
             raise ConfigError(
                 f"{key} = {value!r}: with address this must be an absolute path, and exist on every machine; "

@@ -154,9 +154,9 @@ def tune(
     learner: Learner,
     optimizer: LocalOptimizer[Any],
     batches: Iterable[Batch],
-    observe: Callable[[], None],
-    before_step: Callable[[int], None],
-    watch: Stopwatch,
+    observe: Callable[[], None] | None = None,
+    before_step: Callable[[int], None] | None = None,
+    watch: Stopwatch | None = None,
     shift: torch.Tensor | None = None,
 ) -> None:
     """One optimiser step per batch. `before_step(i)` runs first (cuts); `observe` between backward and step.
@@ -165,15 +165,18 @@ def tune(
 
     Importance that is taken from hooks counts as `backward`.
     """
+    watch = watch or Stopwatch()
     for iteration, batch in enumerate(watch.drawing("data", batches)):
         with watch.part("cut"):
-            before_step(iteration)
+            if before_step:
+                before_step(iteration)
         with watch.part("forward"):
             loss = batch_loss(learner, batch, shift)
         with watch.part("backward"):
             torch.autograd.backward(loss)
             del loss  # its graph: not beside that of the next step
         with watch.part("score"):
-            observe()
+            if observe:
+                observe()
         with watch.part("optimiser"):
             optimizer.step()

@@ -139,8 +139,8 @@ class RoundRecord:
     pulls: tuple[Pull, ...]
     """Of the replies that arrived in it: those of an earlier round were late."""
     round_seconds: float
-    """Time of the slowest device of the round, on the run's clock; less where a round closes before (late.py), and in
-    the first one also that of a roll call."""
+    """Time of the slowest device of the round, on the run's clock; less where a round closes before (late.py), and also
+    that of waiting for devices to be available and, in the first one, of a roll call."""
     clock_seconds: float
     """Sum of the round times so far."""
     waiting_seconds: float
@@ -156,6 +156,10 @@ class RoundRecord:
     """Share of the evaluation set that went to the most predicted class."""
     roll_call: Mapping[int, Probe] = field(default_factory=dict)
     """By device: what was measured before the first round. It is part of that round's time and bytes."""
+    away: tuple[int, ...] = ()
+    """Real devices that could not be asked: not connected, or at work on an earlier request after its deadline."""
+    discarded: tuple[int, ...] = ()
+    """Real devices whose answer to an earlier request came after its deadline, and was discarded."""
     wall: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -19,7 +19,8 @@ from fedspine.cost import Workload, workload_of
 from fedspine.data.encode import Batch, Encoded, encode, evaluation_batches, training_batches
 from fedspine.data.language import encode_language
 from fedspine.data.prepared import PreparedData, Rows, find, prepare
-from fedspine.devices.population import Population, population_of
+from fedspine.devices.population import population_of
+from fedspine.devices.profiles import Population
 from fedspine.lora.adapters import start_adapters
 from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_base, load_tokenizer

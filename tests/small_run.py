@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertTokenizerFast
 
+from fedspine.methods import PLAIN
 from fedspine.report.records import reproducible
 from tests.tiny import tiny_config
 
@@ -31,8 +32,9 @@ KEYS: dict[str, Any] = {
     "partition": "iid",
     "learning_rate": 1e-2,
     "max_length": 12,
+    **PLAIN,
 }
-"""Besides `model` and `data`."""
+"""Besides `model` and `data`; the levers beyond the paper have tests of their own."""
 
 MACHINE = ("engine", "workers", "wall_seconds", "startup_seconds", "local_compute_seconds", "peak_rss_bytes")
 """Keys of a summary that tell of this machine, not of the federation."""

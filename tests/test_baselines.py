@@ -269,7 +269,7 @@ def test_a_device_goes_on_with_its_own_b(keys: dict[str, Any], tmp_path: Path, m
     given = {**keys, "method": "fedsa-lora", "devices": 3, "sampled": 2, "rounds": 4}
     asked: list[TrainRequest] = []
     answered: list[TrainReply] = []
-    exchange = federation._exchange
+    exchange = federation.train_devices
 
     def listen(federation: Any, plan: Any) -> list[TrainReply]:
         replies = exchange(federation, plan)
@@ -277,7 +277,7 @@ def test_a_device_goes_on_with_its_own_b(keys: dict[str, Any], tmp_path: Path, m
         answered.extend(replies)
         return replies
 
-    monkeypatch.setattr(federation, "_exchange", listen)
+    monkeypatch.setattr(federation, "train_devices", listen)
     run = simulate(out=tmp_path / "run", **given)
     own: dict[int, Arrays] = {}
     common: dict[int, Arrays] = {}

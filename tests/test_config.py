@@ -39,7 +39,7 @@ RANKS = {
 
 BESIDE = {
     "trained_factors": {"aggregation": "coordinate"},
-    "fold": {"policy": "fixed", "aggregation": "coordinate", "target_sparsity": 0.0},
+    "fold": {"policy": "fixed", "aggregation": "coordinate", "target_sparsity": 0.0, "wire_dtype": "float32"},
 }
 """Values of other keys that any choice of this one goes with."""
 
@@ -340,10 +340,12 @@ def test_only_policies_that_predict_times_probe(values: dict[str, Any], expected
 
 
 def test_a_roll_call_is_for_what_asks_for_times() -> None:
-    assert RunConfig(roll_call=True).uses_roll_call
-    assert not RunConfig().uses_roll_call
-    assert RunConfig(roll_call=True, policy="fixed", sampling="speed").uses_roll_call
-    assert not RunConfig(roll_call=True, policy="fixed").uses_roll_call
+    assert RunConfig(sampling="uniform").uses_roll_call
+    assert not RunConfig(roll_call=False).uses_roll_call
+    assert RunConfig(policy="fixed").uses_roll_call
+    assert not RunConfig(policy="fixed", sampling="uniform").uses_roll_call
+    assert RunConfig(devices=2000).uses_roll_call
+    assert not RunConfig(devices=2001).uses_roll_call
 
 
 @pytest.mark.parametrize(("rows", "share"), [(0, 1.0), (2, 0.25), (8, 1.0), (9, 1.0)])

@@ -70,14 +70,14 @@ def test_the_averaged_head_reaches_the_devices(
 ) -> None:
     """A pitfall of public code: the head is reset in every round, or a download is ignored under a wrong name."""
     plans: list[tuple[Any, list[TrainReply]]] = []
-    exchange = federation._exchange
+    exchange = federation.train_devices
 
     def listen(parts: Any, plan: Any) -> list[TrainReply]:
         replies = exchange(parts, plan)
         plans.append((plan, replies))
         return replies
 
-    monkeypatch.setattr(federation, "_exchange", listen)
+    monkeypatch.setattr(federation, "train_devices", listen)
     simulate(out=tmp_path / "run", **keys)
     for (_, replies), (plan, _) in pairwise(plans):
         total = sum(reply.report.examples for reply in replies)

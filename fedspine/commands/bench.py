@@ -47,7 +47,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from fedspine.benchmark import bench
+    from fedspine import bench
     from fedspine.report.bench_table import BenchConsole
 
     console = BenchConsole(quiet=options.json)

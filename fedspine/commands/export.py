@@ -33,7 +33,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from fedspine.exporting import export
+    from fedspine import export
 
     try:
         done = export(options.run, out=options.out, device=options.device, merge=options.merge, onnx=options.onnx)

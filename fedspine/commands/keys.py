@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 
 from fedspine.commands.arguments import Subparsers
-from fedspine.config import Key, RunConfig
+from fedspine.config import RunConfig
+from fedspine.config_key import Key
 from fedspine.methods import SOURCES
 
 

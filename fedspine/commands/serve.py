@@ -46,6 +46,13 @@ def add(commands: Subparsers) -> None:
         metavar="DIR",
         help="folder of database and log: a restarted server knows its devices again (default: superlink)",
     )
+    serve.add_argument(
+        "--wait-for",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start when N devices have joined; the others may come later (default: all)",
+    )
     serve.set_defaults(execute=run)
 
 
@@ -70,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
             port=options.port,
             state=options.state,
             resume=bool(options.resume),
+            least=options.wait_for,
             tell=(lambda _: None) if options.json else lambda line: print(line, file=sys.stderr, flush=True),
         )
     except KeyboardInterrupt:

@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
     if not options.resume:
         config = load_config(options.config, dict(parse_override(text) for text in options.set))
     # Only now the heavy part: torch, transformers and Flower take seconds to import.
+    from fedspine import simulate
     from fedspine.report.console import ConsoleObserver
-    from fedspine.simulation import simulate
 
     observer = ConsoleObserver(quiet=options.json, profiled=options.profile)
     try:

@@ -9,16 +9,18 @@ uniform.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
-from fedspine.controller.schedule import floor_ratio, sample_devices
+from fedspine.controller.schedule import NOBODY, floor_ratio, quorum, sample_devices
 from fedspine.controller.time_model import learn_rates
 from fedspine.cost import Workload
+from fedspine.errors import FederationError
 from fedspine.randomness import Purpose, generator
 from fedspine.types import Probe, Pull
 
@@ -74,8 +76,34 @@ class Fleet:
         return result
 
 
+WAIT_SECONDS, LONGEST_WAIT_SECONDS = 60, 14 * 86_400
+"""Between two looks at who can take part; the longest traces of availability repeat after two weeks."""
+
+
+Absent: TypeAlias = Callable[[float], NDArray[np.intp]]
+"""Devices that are away at a virtual time."""
+
+
+def gather(config: RunConfig, clock_seconds: float, busy: set[int], absent: Absent) -> tuple[NDArray[np.intp], float]:
+    """(devices that cannot be sampled, seconds that the server waits until as many as the quorum needs can).
+
+    Errors: `FederationError` when there are never enough.
+    """
+    needed = min(quorum(config, config.sampled), config.devices - len(busy))
+    for waited in range(0, LONGEST_WAIT_SECONDS, WAIT_SECONDS):
+        away = absent(clock_seconds + waited)
+        if busy:
+            away = np.union1d(away, np.array(sorted(busy)))
+        if config.devices - len(away) >= needed:
+            return away, float(waited)
+    raise FederationError(
+        f"quorum = {config.quorum}: in two weeks there are never {needed} of {config.devices} devices that can take "
+        "part; lower quorum or sampled, or take more devices or another file of availability"
+    )
+
+
 def choose_devices(
-    config: RunConfig, round: int, workload: Workload, fleet: Callable[[], Fleet], busy: Collection[int] = ()
+    config: RunConfig, round: int, workload: Workload, fleet: Callable[[], Fleet], busy: NDArray[np.intp] = NOBODY
 ) -> list[int]:
     """The round's devices, without replacement, in ascending order; none that is busy.
 
@@ -94,16 +122,16 @@ def like_speed(
     log_seconds: NDArray[np.float64],
     count: int,
     rng: np.random.Generator,
-    busy: Collection[int] = (),
+    busy: NDArray[np.intp] = NOBODY,
 ) -> list[int]:
     """`count` devices (or all that are free) around a drawn one of the fewest participations; ties are drawn too.
 
     Those with more than `SLACK` participations beyond the fewest come only after all others, so that over a run no two
     devices that were never busy differ by more than `SLACK` + 1.
     """
-    if busy:
+    if len(busy):
         asked = asked.copy()
-        asked[list(busy)] = np.iinfo(asked.dtype).max
+        asked[busy] = np.iinfo(asked.dtype).max
         count = min(count, len(asked) - len(busy))
     fewest = int(asked.min())
     first = rng.choice(np.flatnonzero(asked == fewest))

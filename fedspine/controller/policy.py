@@ -20,6 +20,11 @@ from fedspine.types import OUT_OF_MEMORY, Action, Candidate, Pull
 Oracle = Callable[[int, int, float, int], float]
 """(round, device, pruning ratio, rank) to the true seconds: what only a simulator knows."""
 
+MemoryModel = Callable[[float, int], float]
+"""(pruning ratio, rank) to bytes."""
+CLEARLY_LESS = 0.9
+"""Of the memory that a real device lacked."""
+
 
 class Policy(Protocol):
     """Chooses an action for every sampled device."""
@@ -49,24 +54,32 @@ def pulls_by_device(candidates: Sequence[Candidate], pulls: Sequence[Pull]) -> d
     return own
 
 
-def feasible(candidates: Sequence[Candidate], pulls: Sequence[Pull]) -> tuple[Candidate, ...]:
-    """Drop ranks at which a device has run out of memory, at this ratio or a higher one; the smallest always stays."""
+def feasible(
+    candidates: Sequence[Candidate], pulls: Sequence[Pull], needed: MemoryModel | None = None
+) -> tuple[Candidate, ...]:
+    """Drop ranks at which a device has run out of memory, at this ratio or a higher one; the smallest always stays.
+
+    `needed`: for real devices, what the cost formula says of a (ratio, rank). Theirs is not exact, so whatever needs
+    hardly less than what did not fit is dropped too.
+    """
     lost: dict[int, list[Action]] = {}
     for pull in pulls:
         if pull.report.outcome == OUT_OF_MEMORY:
             lost.setdefault(pull.device, []).append(pull.action)
     return tuple(
-        _without(candidate, lost[candidate.device]) if candidate.device in lost else candidate
+        _without(candidate, lost[candidate.device], needed) if candidate.device in lost else candidate
         for candidate in candidates
     )
 
 
-def _without(candidate: Candidate, lost: Sequence[Action]) -> Candidate:
-    ranks = [
-        rank
-        for rank in candidate.ranks
-        if not any(rank >= action.lora_rank and candidate.max_ratio <= action.pruning_ratio + 1e-9 for action in lost)
-    ]
+def _without(candidate: Candidate, lost: Sequence[Action], needed: MemoryModel | None) -> Candidate:
+    def like(rank: int, action: Action) -> bool:
+        same = rank >= action.lora_rank and candidate.max_ratio <= action.pruning_ratio + 1e-9
+        if same or needed is None:
+            return same
+        return needed(candidate.max_ratio, rank) > CLEARLY_LESS * needed(action.pruning_ratio, action.lora_rank)
+
+    ranks = [rank for rank in candidate.ranks if not any(like(rank, action) for action in lost)]
     # Cut as far as the round allows: a smaller model needs less.
     return replace(candidate, min_ratio=candidate.max_ratio, ranks=tuple(ranks) or candidate.ranks[:1])
 
@@ -74,13 +87,14 @@ def _without(candidate: Candidate, lost: Sequence[Action]) -> Candidate:
 class _Feasible:
     """Any policy, with what ran out of memory left out."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, needed: MemoryModel | None) -> None:
         self._policy = policy
+        self._needed = needed
 
     def suggest(
         self, round: int, candidates: Sequence[Candidate], pulls: Sequence[Pull], key: tuple[int, ...]
     ) -> tuple[Action, ...]:
-        return self._policy.suggest(round, feasible(candidates, pulls), pulls, key)
+        return self._policy.suggest(round, feasible(candidates, pulls, self._needed), pulls, key)
 
 
 def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = None) -> Policy:
@@ -110,5 +124,6 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
         policies["clairvoyant"] = partial(Clairvoyant, oracle)
     elif config.policy == "clairvoyant":
         raise ConfigError("policy = 'clairvoyant': it knows the true times, so it runs in simulations only")
-    policy = _Feasible(policies[config.policy]())
+    needed = workload.planned_memory_bytes if config.cost == "measured" else None
+    policy = _Feasible(policies[config.policy](), needed)
     return DeadlinePolicy(policy, workload) if config.local_work == "deadline" else policy

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedspine.config import RunConfig
 from fedspine.errors import FederationError
 from fedspine.randomness import Purpose, generator
 from fedspine.types import TRAINED, Report
 
+NOBODY: NDArray[np.intp] = np.empty(0, dtype=np.intp)
 
-def sample_devices(config: RunConfig, round: int, busy: Collection[int] = ()) -> list[int]:
+
+def sample_devices(config: RunConfig, round: int, busy: NDArray[np.intp] = NOBODY) -> list[int]:
     """The round's devices, without replacement, in ascending order; all that are free, where those are fewer."""
     rng = generator(config.seed, round, 0, Purpose.SAMPLE_DEVICES)
-    if busy:
-        free = np.setdiff1d(np.arange(config.devices), list(busy))
+    if len(busy):
+        free = np.delete(np.arange(config.devices), busy)
         return sorted(rng.choice(free, min(config.sampled, len(free)), replace=False).tolist())
     return sorted(int(device) for device in rng.choice(config.devices, config.sampled, replace=False))
 
@@ -24,13 +27,18 @@ def sample_devices(config: RunConfig, round: int, busy: Collection[int] = ()) ->
 def check_quorum(config: RunConfig, number: int, asked: int, reports: Sequence[Report]) -> None:
     """Errors: `FederationError` when too few of the `asked` devices trained in round `number`."""
     lost = [report for report in reports if report.outcome != TRAINED]
-    trained, needed = len(reports) - len(lost), max(1, round(config.quorum * asked))
+    trained, needed = len(reports) - len(lost), quorum(config, asked)
     if trained >= needed:
         return
     first = f"the first said: {lost[0].outcome}: {lost[0].message}" if lost else "the others did not reply"
     raise FederationError(
         f"round {number}: {trained} of {asked} devices finished, quorum = {config.quorum} needs {needed}; {first}"
     )
+
+
+def quorum(config: RunConfig, asked: int) -> int:
+    """Devices that must train for a round to count."""
+    return max(1, round(config.quorum * asked))
 
 
 def floor_ratio(config: RunConfig, round: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import tomli_w
@@ -22,14 +23,18 @@ __all__ = ["app"]
 """What `server/app.py` and `clients/app.py` of this project are too."""
 
 
-def bundle(config: RunConfig, directory: Path, resume: bool) -> Fab:
-    """The package with a configuration as Flower's app bundle. The run goes into `directory`, or continues there."""
+def bundle(config: RunConfig, directory: Path, resume: bool, names: Iterable[str] = (), least: int = 0) -> Fab:
+    """The package with a configuration as Flower's app bundle. The run goes into `directory`, or continues there.
+
+    `names`: of all devices, where they are known; `least`: of them, that must be there at the start; 0: all.
+    """
     root = Path(fedspine.__file__).resolve().parent
     settings = {
         field.name: ",".join(value) if isinstance(value, tuple) else value
         for field in dataclasses.fields(config)
         if (value := getattr(config, field.name)) != ()
     }
+    who = {key: value for key, value in (("names", ",".join(names)), ("least", least)) if value}
     project = {
         "project": {"name": "fedspine", "version": fedspine.__version__},
         "tool": {
@@ -37,7 +42,7 @@ def bundle(config: RunConfig, directory: Path, resume: bool) -> Fab:
                 "app": {
                     "publisher": "fedspine",
                     "components": {"serverapp": "server.app:app", "clientapp": "clients.app:app"},
-                    "config": {**settings, "directory": str(directory), "resume": resume},
+                    "config": {**settings, "directory": str(directory), "resume": resume, **who},
                 }
             }
         },

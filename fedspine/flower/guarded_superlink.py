@@ -8,14 +8,23 @@ submit a run, which is code for every device, or register a device. Here only th
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from flwr.supercore import constant, sql_mixin
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supercore.corestate import sql_corestate
 from flwr.superlink import main
 from flwr.superlink.cli.flower_superlink import flower_superlink
 
 FOR_DEVICES = "/v1/fleet/"
 """Where devices ask, and prove who they are."""
+START_SECONDS = 120
+"""That the run's process may need to start. Flower's 30 seconds are too few where much else is going on, and then it
+starts another."""
+LOCKED_MILLISECONDS = 60_000
+"""That the database may be locked before a request fails, and with it what asked; Flower says 5 seconds."""
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[..., Awaitable[Any]], Callable[..., Awaitable[Any]]], Awaitable[None]]
@@ -49,6 +58,9 @@ def _main() -> None:
         return guarded(create(*arguments, **options))
 
     vars(main)["create_app"] = create_guarded
+    vars(sql_corestate)["HEARTBEAT_DEFAULT_INTERVAL"] = START_SECONDS
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = (*constant.SQLITE_PRAGMAS, ("busy_timeout", str(LOCKED_MILLISECONDS)))
+    start_parent_process_monitor(os.getppid())  # a `fedspine serve` that was killed must not leave its run behind
     flower_superlink()
 
 

@@ -51,5 +51,5 @@ class Node:
         if self.device not in ("", MEASURE):
             config = replace(config, population=self.device)
         if self.data:
-            config = replace(config, data=self.data, partition="all", distill_steps=0)
+            config = replace(config, data=self.data, partition="all", public_examples=0, distill_steps=0)
         return config.to_json()

@@ -37,7 +37,7 @@ from fedspine.flower.exchange import GridExchange
 from fedspine.processes import terminable
 
 if TYPE_CHECKING:
-    from fedspine.federation import Exchange
+    from fedspine.exchange import Exchange
 
 T = TypeVar("T")
 

@@ -7,16 +7,20 @@ absent has no record.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any, TypeVar, cast, get_type_hints
 
 import numpy as np
 from flwr.app import Array as WireArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
+import fedspine
 from fedspine import errors
-from fedspine.errors import FederationError, FedSpineError
+from fedspine.config import RunConfig
+from fedspine.errors import ConfigError, FederationError, FedSpineError
 from fedspine.structure import Structure
 from fedspine.types import (
     Action,
@@ -35,7 +39,7 @@ T = TypeVar("T")
 
 
 def pack_train_request(request: TrainRequest) -> RecordDict:
-    task = ConfigRecord({"round": request.round, "device": request.device, "settings": request.settings})
+    task = _task(request)
     task["missed-rank"] = request.missed_rank
     return _joined(
         task=task,
@@ -55,7 +59,7 @@ def unpack_train_request(records: RecordDict) -> TrainRequest:
         structure=_read_structure(records),
         arrays=_read_arrays(records, "arrays"),
         scores=_read_scores(records),
-        settings=task["settings"],
+        settings=_settings(task),
         missed_rank=task["missed-rank"],
     )
 
@@ -89,7 +93,7 @@ def unpack_train_reply(records: RecordDict) -> TrainReply:
 
 
 def pack_probe_request(request: ProbeRequest) -> RecordDict:
-    task = ConfigRecord({"round": request.round, "device": request.device, "settings": request.settings})
+    task = _task(request)
     task["lora-rank"] = request.lora_rank
     return _joined(task=task, structure=_structure(request.structure))
 
@@ -97,7 +101,7 @@ def pack_probe_request(request: ProbeRequest) -> RecordDict:
 def unpack_probe_request(records: RecordDict) -> ProbeRequest:
     task = _config(records, "task")
     structure = _read_structure(records)
-    return ProbeRequest(task["round"], task["device"], structure, task["lora-rank"], task["settings"])
+    return ProbeRequest(task["round"], task["device"], structure, task["lora-rank"], _settings(task))
 
 
 def pack_probe(probe: Probe) -> RecordDict:
@@ -110,7 +114,7 @@ def unpack_probe(records: RecordDict) -> Probe:
 
 def pack_evaluate_request(request: EvaluateRequest) -> RecordDict:
     return _joined(
-        task=ConfigRecord({"round": request.round, "device": request.device, "settings": request.settings}),
+        task=_task(request),
         structure=_structure(request.structure),
         arrays=_arrays(request.arrays),
     )
@@ -119,7 +123,7 @@ def pack_evaluate_request(request: EvaluateRequest) -> RecordDict:
 def unpack_evaluate_request(records: RecordDict) -> EvaluateRequest:
     task = _config(records, "task")
     arrays = _read_arrays(records, "arrays")
-    return EvaluateRequest(task["round"], task["device"], _read_structure(records), arrays, task["settings"])
+    return EvaluateRequest(task["round"], task["device"], _read_structure(records), arrays, _settings(task))
 
 
 def pack_evaluate_reply(reply: EvaluateReply) -> RecordDict:
@@ -159,6 +163,34 @@ def read_failure(records: RecordDict) -> str | None:
         kind = getattr(errors, record["type"], FederationError)
         raise kind(record["message"])
     return _config(records, "failure")["message"] if "failure" in records else None
+
+
+def _task(request: TrainRequest | ProbeRequest | EvaluateRequest) -> ConfigRecord:
+    return ConfigRecord(
+        {
+            "round": request.round,
+            "device": request.device,
+            "settings": request.settings,
+            "version": fedspine.__version__,
+        }
+    )
+
+
+def _settings(task: Mapping[str, Any]) -> str:
+    """The run's configuration. Errors: `ConfigError` when it has other keys than this machine's code."""
+    _check_keys(task["settings"], task.get("version", "of another time"))
+    return cast(str, task["settings"])
+
+
+@lru_cache(maxsize=8)
+def _check_keys(settings: str, version: str) -> None:
+    there, here = json.loads(settings).keys(), {field.name for field in fields(RunConfig)}
+    if there != here:
+        raise ConfigError(
+            f"the server runs fedspine {version}, this device {fedspine.__version__}, and their configuration keys "
+            f"differ: only the server knows {', '.join(sorted(there - here)) or 'none'}, only this device "
+            f"{', '.join(sorted(here - there)) or 'none'}; install the same version on both"
+        )
 
 
 def _joined(**records: ArrayRecord | ConfigRecord | None) -> RecordDict:

@@ -11,18 +11,18 @@ from fedspine.config import RunConfig
 from fedspine.flower.exchange import GridExchange
 
 WHERE = ("directory", "resume")
-"""What `fedspine serve` adds to the keys of the run."""
+WHO = ("names", "least")
+"""What `fedspine serve` adds to the keys of the run: for its files, and of its devices."""
 
 
 def make_server_app(
     run: Callable[..., None],
     *,
     connect_seconds: float = 600.0,
-    timeout_seconds: float | None = None,
 ) -> ServerApp:
     """The app of the coordinating machine. `run(config, exchange)` has `directory` and `resume` too if they are set.
 
-    `connect_seconds`: how long all devices have to join; `timeout_seconds`: how long a device has to reply.
+    `connect_seconds`: how long devices have to join, at the start and when too few for a round are left.
     Errors: `ConfigError` for a wrong run configuration, `FederationError` when devices do not join.
     """
     app = ServerApp()
@@ -31,12 +31,17 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         # Flower lets a user override only keys that the project lists; one that is listed as "" is not set.
         values = {key: value for key, value in context.run_config.items() if value != ""}
-        where = {key: values.pop(key) for key in WHERE if key in values}
+        where, who = ({key: values.pop(key) for key in keys if key in values} for keys in (WHERE, WHO))
         config = RunConfig.from_values(values)
-        run(
-            config,
-            GridExchange(grid, config.devices, connect_seconds=connect_seconds, timeout_seconds=timeout_seconds),
-            **where,
+        exchange = GridExchange(
+            grid,
+            config.devices,
+            timeout_seconds=config.deadline_seconds or None,
+            connect_seconds=connect_seconds,
+            real=True,
+            least=int(who.get("least", config.devices)),
+            names=str(who["names"]).split(",") if "names" in who else (),
         )
+        run(config, exchange, **where)
 
     return app

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -23,6 +23,7 @@ from fedspine.config_rules import check_deployable
 from fedspine.errors import ConfigError, FederationError
 from fedspine.flower.bundle import bundle
 from fedspine.flower.control import Control
+from fedspine.health import answered, fresh_state
 from fedspine.processes import program, terminable
 from fedspine.report.records import read_records
 from fedspine.types import TRAINED, RoundRecord
@@ -44,13 +45,15 @@ def serve(
     port: int,
     state: Path,
     resume: bool = False,
+    least: int = 0,
     tell: Tell,
 ) -> None:
     """Start a SuperLink, wait for all devices, run the federation into `directory`, stop the SuperLink.
 
     `certificates`: folder of `fedspine certificates`; None: plain text, and any device is accepted. `state`: folder of
     the SuperLink's database and log: with the same one a restarted SuperLink knows its devices again. `resume`:
-    continue the run in `directory`. `tell` hears what happens, line by line.
+    continue the run in `directory`. `least`: devices to wait for; the others may join later; 0: all. `tell` hears what
+    happens, line by line.
 
     Errors: `ConfigError`, `CertificateError` before anything starts; `FederationError` when the SuperLink or the run
     fails.
@@ -62,9 +65,14 @@ def serve(
             f"devices = {config.devices}: {certificates} holds the keys of {len(keys)} ({', '.join(keys)}); "
             f"set devices = {len(keys)}, or make the missing keys with `fedspine certificates`"
         )
+    if least and not (keys and 0 < least <= config.devices):
+        raise ConfigError(
+            f"--wait-for {least}: must be from 1 to devices = {config.devices}, and needs --certificates, whose keys "
+            "name the devices that are not there yet"
+        )
     _check_free(host, port)
     command = superlink_command(certificates, host, port, state)
-    state.mkdir(parents=True, exist_ok=True)
+    fresh_state(state)
     log = state / "superlink.log"
     tell(shlex.join(command))
     tell(f"its log: {log}")
@@ -76,13 +84,17 @@ def serve(
                 if process.poll() is not None:
                     raise FederationError(f"the SuperLink ended: {last_lines(log.read_text(encoding='utf-8'))}")
 
+            def check_answering() -> None:
+                check_alive()
+                answered(state)
+
             _await_start(control, check_alive, log)
             control.stop_all()
             if keys:
                 control.accept_only(keys)
-            _await_devices(control, config.devices, keys, check_alive, tell)
-            run = control.start(bundle(config, directory.absolute(), resume))
-            _follow(control, run, directory, config, check_alive, tell)
+            _await_devices(control, least or config.devices, config.devices, keys, check_answering, tell)
+            run = control.start(bundle(config, directory.absolute(), resume, keys, least))
+            _follow(control, run, directory, lambda record: tell(_line(record, config, list(keys))), check_answering)
 
 
 def superlink_command(certificates: Path | None, host: str, port: int, state: Path) -> list[str]:
@@ -153,7 +165,12 @@ def _await_start(control: Control, check_alive: Callable[[], None], log: Path) -
 
 
 def _await_devices(
-    control: Control, devices: int, keys: Mapping[str, bytes], check_alive: Callable[[], None], tell: Tell
+    control: Control,
+    least: int,
+    devices: int,
+    keys: Mapping[str, bytes],
+    check_answering: Callable[[], None],
+    tell: Tell,
 ) -> None:
     before: list[str] | None = None
     while True:
@@ -162,34 +179,46 @@ def _await_devices(
             missing = ", ".join(name for name in keys if name not in online)
             tell(f"{len(online)} of {devices} devices joined{f'; missing: {missing}' if missing else ''}")
             before = online
-        if len(online) >= devices:
+        if len(online) >= least:
             return
-        check_alive()
+        check_answering()
         time.sleep(POLL_SECONDS)
 
 
 def _follow(
-    control: Control, run: int, directory: Path, config: RunConfig, check_alive: Callable[[], None], tell: Tell
+    control: Control,
+    run: int,
+    directory: Path,
+    tell: Callable[[RoundRecord], None],
+    check_answering: Callable[[], None],
 ) -> None:
     """Tell every round when it is done. Errors: `FederationError` with the reason why the run failed."""
     told = len(read_records(directory / "rounds.jsonl"))
     while True:
-        check_alive()
+        check_answering()
         state = control.state(run)
         for record in (records := read_records(directory / "rounds.jsonl"))[told:]:
-            tell(_line(record, config))
+            tell(record)
         told = len(records)
         if state.finished:
             break
         time.sleep(POLL_SECONDS)
     if not state.completed:
-        raise FederationError(" ".join(state.details.removeprefix("ServerApp failed with exception: ").split()))
+        reason = " ".join(state.details.removeprefix("ServerApp failed with exception: ").split())
+        if (directory / "rounds.jsonl").exists():
+            reason += f"; go on from the last finished round with `fedspine serve --resume {directory}`"
+        raise FederationError(reason)
 
 
-def _line(record: RoundRecord, config: RunConfig) -> str:
+def _line(record: RoundRecord, config: RunConfig, names: Sequence[str]) -> str:
+    def name(device: int) -> str:
+        return names[device] if names else str(device)
+
     trained = sum(pull.report.outcome == TRAINED for pull in record.pulls)
     accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.4f}"
+    away = f"; away: {', '.join(map(name, record.away))}" if record.away else ""
+    lost = [f"\n  {name(p.device)}: {p.report.message}" for p in record.pulls if p.report.outcome != TRAINED]
     return (
         f"round {record.round} of {config.rounds}: {trained} of {len(record.pulls)} devices trained, "
-        f"{config.cost} {record.round_seconds:.1f} s{accuracy}"
+        f"{config.cost} {record.round_seconds:.1f} s{accuracy}{away}{''.join(lost)}"
     )

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from fedspine.devices.population import load_device
 from fedspine.errors import CertificateError, ConfigError, DataError, FederationError
 from fedspine.flower.node import MEASURE
 from fedspine.flower.superlink import flower_environment, last_lines
+from fedspine.health import fresh_state
 from fedspine.processes import program, terminable
 
 CONNECT_SECONDS = 10.0
@@ -30,6 +32,10 @@ NOT_ACTIVATED = "Failed to activate SuperNode"
 """What Flower says of a key that is unknown, or in use."""
 LAST_SECONDS = 2.0
 """For what a SuperNode that ended has printed."""
+ACTIVATED = "SuperNode ID: "
+"""What Flower says when the server has accepted a device."""
+REJOIN_SECONDS, POLL_SECONDS = 45.0, 3.0
+"""How long a device is refused under the name of one that was killed: see `HEARTBEAT_SECONDS` of timed_supernode.py."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +62,42 @@ def join(device: Device, tell: Callable[[str], None]) -> None:
     """
     command = supernode_command(device)
     _check_server(device)
-    device.state.mkdir(parents=True, exist_ok=True)
+    fresh_state(device.state)
     link = device.state.absolute() / "link.json"
     environment = flower_environment(device.state) | {LINK_VARIABLE: str(link)}
     tell(shlex.join(command))
     said: deque[str] = deque(maxlen=KEPT_LINES)
-    with (
-        terminable(),
-        program(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
-    ):
+    joined = device.state / "joined"
+    patience = time.monotonic() + (REJOIN_SECONDS if joined.exists() else 0.0)
+    with terminable():
+        while _run_supernode(command, environment, said, joined, tell):
+            if NOT_ACTIVATED not in "".join(said) or time.monotonic() > patience:
+                raise FederationError(_reason(device, "".join(said)))
+            tell(f"{device.name} was killed here a moment ago, and the server holds it for joined still: trying again")
+            time.sleep(POLL_SECONDS)
+
+
+def _run_supernode(
+    command: list[str], environment: dict[str, str], said: deque[str], joined: Path, tell: Callable[[str], None]
+) -> int:
+    """Its exit status; `joined` is a file that is there while the server knows the device."""
+    said.clear()
+    with program(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
 
         def repeat() -> None:
             with suppress(ValueError):  # closed: the device was stopped
                 for line in process.stdout or ():
+                    if ACTIVATED in line:
+                        joined.touch()
                     said.append(line)
                     tell(line.rstrip())
 
         # In a thread: what the SuperNode started has its output too, and lives until the SuperNode is waited for.
         reader = threading.Thread(target=repeat, daemon=True)
         reader.start()
-        process.wait()
+        return_code = process.wait()
         reader.join(timeout=LAST_SECONDS)
-    if process.returncode:
-        raise FederationError(_reason(device, "".join(said)))
+    return return_code
 
 
 def supernode_command(device: Device) -> list[str]:
@@ -179,6 +198,6 @@ def _reason(device: Device, said: str) -> str:
         return (
             f"--name {device.name}: the server at {device.server} refuses it: it does not know the key (copy "
             f"{device.name}.pub into its --certificates folder and start it again), or another machine joined with it, "
-            "or this one did and was killed less than two minutes ago"
+            "or this one did and was killed less than a minute ago"
         )
     return f"the SuperNode of {device.name} ended: {last_lines(said)}"

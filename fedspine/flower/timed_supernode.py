@@ -3,21 +3,50 @@
 
 What a device sends and receives passes through the SuperNode, before and after the process that trains; so only here
 can it be timed. Waiting is not counted: a SuperNode asks for messages every three seconds.
+
+It also shows itself more often than Flower's, so that the server knows sooner when it died, and has more patience with
+the processes that it starts.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from flwr.supernode import start_client_internal
+from flwr.supercore import heartbeat
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.nodestate import nodestate_factory
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
-from fedspine.devices.measured import Link, write_link
+from fedspine.devices.measured import LINK_VARIABLE, Link, write_link
+from fedspine.health import answered
+
+HEARTBEAT_SECONDS = 15
+"""Flower takes a device for gone when it has not been heard of for twice as long."""
+START_SECONDS = 600
+"""That the process for a message may need to start."""
+
+
+class PatientState(InMemoryNodeState):
+    """Where a SuperNode keeps what it has to do. Flower starts a second process for a message when the first has not
+    shown itself after 30 seconds, and a third: on a slow device each keeps the others from ever getting there.
+    """
+
+    def claim_task(self, task_id: int) -> str | None:
+        token = super().claim_task(task_id)
+        if token is not None:
+            with self.lock_task_store:
+                self.task_token_store[task_id].active_until += timedelta(seconds=START_SECONDS)
+        return token
 
 
 class _Traffic:
@@ -49,7 +78,8 @@ class _Traffic:
 
 @contextmanager
 def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
-    """`http_request_response` whose transfers go into the `Link` of this device."""
+    """`http_request_response` whose transfers go into the `Link` of this device, and its answers into its health."""
+    state = Path(os.environ[LINK_VARIABLE]).parent
     link, down, up = Link(), _Traffic(), _Traffic()
 
     with http_request_response(*arguments, **options) as connection:
@@ -59,7 +89,9 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
             nonlocal link, down, up
             link = link.uploaded(up.bytes, up.seconds)
             down, up = _Traffic(), _Traffic()
-            return receive()
+            message = receive()
+            answered(state)
+            return message
 
         def timed_get_fab(fab_hash: str, run: int) -> Any:
             nonlocal link
@@ -73,6 +105,7 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
             with down:
                 content: bytes = pull_object(run, name)
             down.add(len(content))
+            answered(state)
             return content
 
         def timed_send(*parts: Any) -> Any:
@@ -83,6 +116,7 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
             with up:
                 push_object(run, session, name, content)
             up.add(len(content))
+            answered(state)
 
         def timed_confirm(run: int, message: str) -> None:
             nonlocal link
@@ -95,4 +129,8 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
 
 if __name__ == "__main__":
     vars(start_client_internal)["http_request_response"] = timed_connection
+    vars(nodestate_factory)["InMemoryNodeState"] = PatientState
+    for module in (heartbeat, fleet_http_connection):
+        vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS
+    start_parent_process_monitor(os.getppid())  # a `fedspine join` that was killed must not stay joined
     flower_supernode()

@@ -37,7 +37,10 @@ def sent(arrays: Arrays, config: RunConfig) -> dict[str, Array]:
 
 
 def on_the_wire(arrays: Arrays, config: RunConfig) -> dict[str, Array]:
-    """The same, with what travels rounded to the type in which it does."""
+    """The same, with what travels rounded to the type in which it does.
+
+    A device starts from the rounded values, so that the rounding is averaged as a part of its change.
+    """
     travels = shared(arrays, config.trained_factors)
     return {**arrays, **{name: array.astype(config.wire_dtype, copy=False) for name, array in travels.items()}}
 

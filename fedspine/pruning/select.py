@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.config import RunConfig
 from fedspine.errors import ModelError
 from fedspine.structure import ModelShape, Structure
 from fedspine.types import Scores
@@ -71,6 +72,18 @@ def select(structure: Structure, scores: Scores, ratio: float, shape: ModelShape
             )
         )
     return Structure.from_masks(masks)
+
+
+def recut(structure: Structure, scores: Scores, ratio: float, shape: ModelShape, config: RunConfig) -> Structure:
+    """What a device goes on with, at a ratio that is not below the one it has: what is left, cut further.
+
+    With `regrowth` all devices are cut from the whole model, by the latest scores: those that come early, when nothing
+    is learned yet, decide nothing for good, and devices at the same ratio keep the same (dynamic masks as those of
+    PruneFL, arXiv 1909.12326). It costs a device no traffic: adapters travel in any case, and the base model lies on
+    its disk.
+    """
+    before = Structure.full(shape) if config.regrowth else structure
+    return select(before, scores, ratio, shape, config.layer_budget)
 
 
 def _select_globally(structure: Structure, scores: Scores, ratio: float, shape: ModelShape) -> Structure:

@@ -295,7 +295,7 @@ def command(config: RunConfig) -> str:
         if (field.name == "method" and value != field.default) or value != getattr(usual, field.name):
             text = ",".join(value) if isinstance(value, tuple) else str(value)
             if field.name in ("model", "data", "population"):
-                text = shown_name(text)
+                text = ",".join(shown_name(part) for part in text.split(","))
             words.append(f"-s {shlex.quote(f'{field.name}={text}')}")
     return " \\\n  ".join(words)
 

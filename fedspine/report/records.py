@@ -22,6 +22,7 @@ def record_from_line(line: str) -> RoundRecord:
     values = json.loads(line)
     values["pulls"] = tuple(pull_of(pull) for pull in values["pulls"])
     values["roll_call"] = {int(device): Probe(**probe) for device, probe in values.get("roll_call", {}).items()}
+    values |= {key: tuple(values.get(key, ())) for key in ("away", "discarded")}
     return RoundRecord(**values)
 
 

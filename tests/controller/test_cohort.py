@@ -73,7 +73,7 @@ def test_every_device_is_met_before_any_is_met_again() -> None:
 
 
 def test_uniform_is_the_draw_of_ever() -> None:
-    config = RunConfig()
+    config = RunConfig(sampling="uniform")
     expected = generator(0, 3, 0, Purpose.SAMPLE_DEVICES).choice(80, 10, replace=False)
     assert choose_devices(config, 3, WORKLOAD, lambda: pytest.fail("not asked")) == sorted(expected.tolist())
     assert sample_devices(config, 3) == sorted(expected.tolist())

@@ -16,6 +16,7 @@ from fedspine.controller.deadline import fitting_iterations
 from fedspine.controller.policy import make_policy
 from fedspine.cost import workload_of
 from fedspine.lora.adapters import narrow
+from fedspine.methods import PLAIN
 from fedspine.minilm_shape import minilm_shape
 from fedspine.structure import Structure
 from fedspine.types import Action, Candidate, Probe, TrainRequest
@@ -110,7 +111,7 @@ def test_fewer_iterations_are_a_shorter_local_round(keys: dict[str, Any], iterat
 
 @pytest.mark.parametrize("policy", ["fixed", "fedspine"])
 def test_rounds_get_shorter(tmp_path: Path, policy: str) -> None:
-    keys = {"policy": policy, "rounds": 40, "population": "jetson-80-compute-bound"}
+    keys = {"policy": policy, "rounds": 40, "population": "jetson-80-compute-bound", **PLAIN}
     equal, deadline = (
         fedspine.schedule(out=tmp_path / work, local_work=work, **keys).summary for work in ("equal", "deadline")
     )

@@ -283,6 +283,24 @@ def test_devices_with_little_memory_learn_what_fits(name: str) -> None:
     assert all(sparsity == pytest.approx(0.5, abs=1e-3) for sparsity in played.sparsities.values())
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_real_device_that_lacked_memory_gets_what_needs_clearly_less(name: str) -> None:
+    """Where the virtual one, whose memory is known exactly, gets the next smaller rank."""
+    past = (lost(0, 0.0, 16),)
+    cohort = (Candidate(0, 0.0, 0.0, 0.3, RANKS), Candidate(1, 0.0, 0.0, 0.3, RANKS))
+    policy = make_policy(RunConfig(policy=name, cost="measured"), WORKLOAD, lambda *_: 1.0)
+    first, _ = policy.suggest(2, cohort, past, KEY)
+    assert first.pruning_ratio == 0.3
+    memory = WORKLOAD.planned_memory_bytes
+    assert memory(first.pruning_ratio, first.lora_rank) < 0.9 * memory(0.0, 16)
+    uncut = tuple(replace(each, max_ratio=0.0) for each in cohort)
+    fixed = RunConfig(policy="fixed", fixed_rank=16)
+    virtual, real = (
+        make_policy(each, WORKLOAD).suggest(2, uncut, past, KEY)[0] for each in (fixed, replace(fixed, cost="measured"))
+    )
+    assert (virtual.lora_rank, real.lora_rank) == (8, 4)  # an adapter less is not clearly less
+
+
 def test_clairvoyance_needs_an_oracle() -> None:
     with pytest.raises(ConfigError, match="clairvoyant"):
         make_policy(RunConfig(policy="clairvoyant"), WORKLOAD)

@@ -14,6 +14,7 @@ from fedspine.aggregation import RULES, Update
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError
 from fedspine.late import Awaited, close_round
+from fedspine.methods import PLAIN
 from fedspine.simulation import RunResult, run_server, simulate
 from fedspine.structure import ModelShape
 from fedspine.types import FAILED, TRAINED, Action, Array, Arrays, Pull, Report
@@ -132,9 +133,9 @@ def test_what_cannot_take_late_replies_is_refused(values: dict[str, Any], words:
 
 @pytest.mark.parametrize("sampling", ["uniform", "speed"])
 def test_the_scheduler_alone_closes_early_too(tmp_path: Path, sampling: str) -> None:
+    keys = {**PLAIN, "sampling": sampling, "probe": "never"}
     runs = [
-        fedspine.schedule(out=tmp_path / str(close_at), close_at=close_at, sampling=sampling, rounds=60, probe="never")
-        for close_at in (1.0, 0.7)
+        fedspine.schedule(out=tmp_path / str(close_at), close_at=close_at, rounds=60, **keys) for close_at in (1.0, 0.7)
     ]
     whole, early = (run.summary for run in runs)
     assert early["virtual_seconds"] < 0.8 * whole["virtual_seconds"]

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from fedspine.checkpoint import load_state
+from fedspine.config import load_config
 from fedspine.simulation import RunResult, simulate
+from fedspine.workbench import workbench
 from tests.federation.test_resume import Photographer, assert_same_end
 from tests.small_run import KEYS, write_data, write_model
 
@@ -20,6 +23,7 @@ LEVERS: dict[str, Any] = {
     "logit_adjustment": 1.0,
     "wire_dtype": "float16",
     "adapter_rate": "inverse-rank",
+    "regrowth": True,
     "prune_interval": 1,
 }
 
@@ -79,6 +83,13 @@ def test_half_the_bytes_of_adapters_and_head_travel_and_little_is_lost(keys: dic
         ):
             assert 2 * ours_bytes - bytes_ == STRUCTURE_BYTES
         assert ours.loss_after == pytest.approx(theirs.loss_after, rel=1e-2)
+
+
+def test_devices_end_with_the_same_structure_as_all_were_cut_by_the_last_scores(whole: RunResult) -> None:
+    config = load_config(whole.directory / "config.toml", {})
+    state = load_state(whole.directory, config, workbench(config.to_json()).shape)
+    assert set(state.structures.values()) == {state.consensus}
+    assert state.consensus.sparsity(workbench(config.to_json()).shape) == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize("round", [2, 4])

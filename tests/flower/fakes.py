@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fedspine.config import RunConfig
 from fedspine.errors import ModelError
 from fedspine.structure import Structure
 from fedspine.types import (
@@ -20,6 +21,7 @@ from fedspine.types import (
 STRUCTURE = Structure(
     heads=12, channels=11, head_bits=(b"\xff\xf0", b"\x00\x10"), channel_bits=(b"\xaa\xa0", b"\x00\x00")
 )
+SETTINGS = RunConfig(classes=("é",)).to_json().replace("\\u00e9", "é")
 USER_MISTAKE = "model = 'nonsense': no such folder"
 
 
@@ -61,16 +63,16 @@ def train_request(device: int, round: int = 1, rank: int = 8) -> TrainRequest:
         (np.full(12, layer, dtype=np.float32), np.linspace(0, 1, 11, dtype=np.float32)) for layer in range(2)
     )
     return TrainRequest(
-        round, device, Action(0.1, rank, device), STRUCTURE, arrays(device), scores if device % 2 else None, '{"é": 1}'
+        round, device, Action(0.1, rank, device), STRUCTURE, arrays(device), scores if device % 2 else None, SETTINGS
     )
 
 
 def probe_request(device: int, rank: int = 8) -> ProbeRequest:
-    return ProbeRequest(3, device, STRUCTURE, rank, "{}")
+    return ProbeRequest(3, device, STRUCTURE, rank, SETTINGS)
 
 
 def evaluate_request(device: int, round: int = 1) -> EvaluateRequest:
-    return EvaluateRequest(round, device, STRUCTURE, arrays(device), "{}")
+    return EvaluateRequest(round, device, STRUCTURE, arrays(device), SETTINGS)
 
 
 def flat(value: object) -> object:

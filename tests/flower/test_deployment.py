@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from fedspine.certificates import make_certificates
 from fedspine.simulation import simulate
+from tests.flower.processes import SECONDS, Start, machines, until
 from tests.flower.test_ray import free_ports
 from tests.small_run import KEYS, figures, options, rounds, write_data, write_model
 
 pytestmark = pytest.mark.runtime
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 1200
-"""That a run may take: a device loads torch anew for every message."""
-
-Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +34,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(base: Path) -> Iterator[Start]:
-    """Starts `fedspine` with these arguments in the folder; at the end it has to stop and leaves nothing behind."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-
-        def start(*arguments: object) -> subprocess.Popen[str]:
-            command = [sys.executable, "-m", "fedspine", *map(str, arguments)]
-            process = subprocess.Popen(
-                command, cwd=base, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            stack.callback(stopped, process)
-            return process
-
+    with machines(base) as start:
         yield start
-
-
-def stopped(process: subprocess.Popen[str]) -> None:
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert not psutil.wait_procs(family, timeout=20)[1]
-
-
-def until(process: subprocess.Popen[str], words: str) -> None:
-    """Read what a process says until it says these words."""
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if words in line:
-            return
-    raise AssertionError("".join(said))
 
 
 def keys(base: Path, **changes: Any) -> dict[str, Any]:
@@ -81,7 +43,7 @@ def keys(base: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_real_devices_give_the_bits_of_the_simulation(base: Path, start: Start) -> None:
-    chosen = keys(base, devices=4, sampled=2, rounds=3, probe="never", eval_devices=2)
+    chosen = keys(base, devices=4, sampled=2, rounds=3, probe="never", eval_devices=2, wire_dtype="float16")
     (port,) = free_ports(1)
     place = ["--host", "127.0.0.1", "--port", port, "--state", "superlink"]
     server = start("serve", *options(chosen), "--certificates", "certificates", *place, "--out", "real")

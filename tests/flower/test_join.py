@@ -31,6 +31,7 @@ from fedspine.flower.engines import run_federation
 from fedspine.flower.exchange import GridExchange
 from fedspine.flower.inline import InlineGrid
 from fedspine.flower.node import Node
+from fedspine.health import last_answer_seconds
 from fedspine.run_directory import resumed_config
 from fedspine.simulation import run_server, simulate
 from fedspine.structure import Structure
@@ -67,14 +68,14 @@ def named(*names: str) -> InlineGrid:
 
 def test_devices_are_numbered_in_the_order_of_their_names() -> None:
     grid = named("c", "a", "b")
-    exchange = GridExchange(grid, 3)
-    assert exchange._connected() == dict(zip(grid._contexts, (2, 0, 1), strict=True))
+    roster = GridExchange(grid, 3)._roster
+    assert roster.connected() == dict(zip(grid._contexts, (2, 0, 1), strict=True))
     grid._contexts[4711] = grid._contexts.pop(next(iter(grid._contexts)))  # c is started again
-    assert exchange._connected()[4711] == 2
+    assert roster.connected()[4711] == 2
     grid._contexts[4711].node_config = {"name": "d"}
-    exchange._identities.pop(4711)
+    roster._identities.pop(4711)
     with pytest.raises(FederationError, match="name = d: the run began with a, b, c"):
-        exchange._connected()
+        roster.connected()
 
 
 def test_a_name_that_is_used_twice_is_refused_before_training() -> None:
@@ -90,6 +91,8 @@ def test_a_device_follows_the_run_but_for_its_data_and_profile(config: RunConfig
     assert Node("a").settings(settings) == settings
     own = RunConfig.from_json(Node("a", "/rows.tsv", "ram-4g").settings(settings))
     assert own == replace(config, data="/rows.tsv", partition="all", population="ram-4g")
+    distilling = replace(config, public_examples=8, distill_steps=5).to_json()
+    assert RunConfig.from_json(Node("a", "/rows.tsv").settings(distilling)).public_examples == 0  # all rows are its own
     with pytest.raises(ConfigError, match="cost = 'virtual': all devices of a run need one kind of clock"):
         Node("a", device="measure").settings(settings)
     with pytest.raises(ConfigError, match="join with --device measure or without it"):
@@ -150,6 +153,7 @@ def test_a_supernode_times_what_passes_through_it(tmp_path: Path, monkeypatch: p
             pull(1, "x"), pull(1, "y")
             confirm(1, "message")
             link = read_link()
+            assert last_answer_seconds(tmp_path) < 5
             assert 0.04 <= link.download_seconds < 0.06
             assert 0.04 / 60_000 <= link.download_seconds_per_byte < 0.06 / 60_000
             time.sleep(0.1)  # the process that trains
@@ -266,6 +270,9 @@ def test_serve_says_what_is_wrong(
     refused(capsys, ["serve", *secure, *two, "-s", "close_at=0.5"], "close_at = 0.5: a deployment waits")
     refused(capsys, ["serve", *secure, *two, "-s", "cost=measured", "-s", "policy=clairvoyant"], "nobody knows")
     refused(capsys, ["serve", *secure, *two, "--port", "99999"], "cannot listen there")
+    refused(capsys, ["serve", *secure, *two, "--wait-for", "3"], "--wait-for 3: must be from 1 to devices = 2")
+    refused(capsys, ["serve", "--insecure", *two, "--wait-for", "1"], "needs --certificates, whose keys name")
+    refused(capsys, ["simulate", "-s", "deadline_seconds=30"], "deadline_seconds = 30: simulated devices are not")
     refused(capsys, ["simulate", "-s", "cost=measured"], "simulated devices have no clock but the virtual one")
     refused(capsys, ["schedule", "-s", "cost=measured"], "simulated devices have no clock but the virtual one")
     assert list(tmp_path.iterdir()) == []
@@ -318,7 +325,7 @@ class Impatient:
     """An exchange that is interrupted in a round."""
 
     def __init__(self, exchange: Exchange, rounds: int) -> None:
-        self.probe, self.evaluate = exchange.probe, exchange.evaluate
+        self.attendance, self.probe, self.evaluate = exchange.attendance, exchange.probe, exchange.evaluate
         self._exchange, self._left = exchange, rounds
 
     def train(self, *arguments: Any) -> Any:

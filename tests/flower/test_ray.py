@@ -87,7 +87,7 @@ def test_a_few_nodes_stand_in_for_many_devices() -> None:
     def run(exchange: Exchange) -> Any:
         requests = [fakes.train_request(device) for device in range(0, 500, 9)]
         assert isinstance(exchange, GridExchange)
-        return fakes.flat(exchange.train(requests, lambda _: None)), len(list(exchange._grid.get_node_ids()))
+        return fakes.flat(exchange.train(requests, lambda _: None)), len(list(exchange._mail.grid.get_node_ids()))
 
     ray, nodes = run_federation(run, devices=500, engine="ray", client_app=APP)
     inline, _ = run_federation(run, devices=500, engine="inline", client_app=APP)

@@ -1,5 +1,6 @@
 """What leaves one side of the wire arrives bit for bit on the other, by both of Flower's serialisations."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from fedspine import errors
+from fedspine import __version__, errors
 from fedspine.flower import records
 from fedspine.flower.inline import InlineGrid
 from fedspine.types import OUT_OF_MEMORY, EvaluateReply, Probe, Report, TrainReply
@@ -107,3 +108,13 @@ def test_a_user_error_travels_as_itself() -> None:
 def test_a_failure_travels_as_one_line() -> None:
     assert records.read_failure(by_proto(records.pack_failure("KeyError: 'x'"))) == "KeyError: 'x'"
     assert records.read_failure(by_proto(records.pack_identity(1))) is None
+
+
+def test_another_version_of_the_configuration_is_an_error_with_its_keys() -> None:
+    there = json.loads(fakes.SETTINGS) | {"telepathy": True}
+    del there["close_at"]
+    packed = records.pack_train_request(replace(fakes.train_request(1), settings=json.dumps(there)))
+    packed["task"]["version"] = "0.0.7"
+    expected = f"fedspine 0.0.7, this device {__version__}, .* server knows telepathy, only this device close_at"
+    with pytest.raises(errors.ConfigError, match=expected):
+        records.unpack_train_request(by_proto(packed))

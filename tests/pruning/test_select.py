@@ -1,13 +1,14 @@
-"""Selection: exact budgets, monotone cuts, least important first."""
+"""Selection: exact budgets, monotone cuts or cuts anew, least important first."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from fedspine.config import RunConfig
 from fedspine.errors import ModelError
 from fedspine.pruning.families import describe
-from fedspine.pruning.select import check_reachable, max_sparsity, select
+from fedspine.pruning.select import check_reachable, max_sparsity, recut, select
 from fedspine.structure import Structure
 from fedspine.types import Scores
 from tests.tiny import TARGETS, random_scores, tiny_model
@@ -117,3 +118,14 @@ def test_a_layer_without_scores_keeps_its_floor() -> None:
     structure = select(Structure.full(SHAPE), scores, 0.5, SHAPE, "global")
     assert structure.counts()[1] == (1, 1)
     assert structure == select(Structure.full(SHAPE), scores, 0.5, SHAPE, "global")
+
+
+def test_with_regrowth_the_whole_model_is_cut_anew() -> None:
+    """Devices that were cut by different scores keep the same afterwards, and what went can return."""
+    early = [select(Structure.full(SHAPE), random_scores(SHAPE, seed), 0.3, SHAPE) for seed in (1, 2)]
+    late = random_scores(SHAPE, 3)
+    renewed = [recut(structure, late, 0.5, SHAPE, RunConfig(regrowth=True)) for structure in early]
+    assert renewed[0] == renewed[1] == select(Structure.full(SHAPE), late, 0.5, SHAPE)
+    assert not early[0].contains(renewed[0])
+    for structure in early:
+        assert structure.contains(recut(structure, late, 0.5, SHAPE, RunConfig(regrowth=False)))

@@ -1,0 +1,113 @@
+"""`fedspine` in processes of its own, as on several machines: started, listened to, stopped, and killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 1200
+"""That a run may take: a device loads torch anew for every message."""
+
+PATIENCE_SECONDS = 240
+"""For the next message to a device."""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@contextmanager
+def machines(base: Path) -> Iterator[Start]:
+    """Starts `fedspine` with these arguments in the folder; at the end it has to stop and leaves nothing behind."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+
+        def start(*arguments: object) -> subprocess.Popen[str]:
+            command = [sys.executable, "-m", "fedspine", *map(str, arguments)]
+            process = subprocess.Popen(
+                command, cwd=base, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            stack.callback(stopped, process)
+            return process
+
+        yield start
+
+
+def stopped(process: subprocess.Popen[str]) -> None:
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def until(process: subprocess.Popen[str], words: str) -> None:
+    """Read what a process says until it says these words."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if words in line:
+            return
+    raise AssertionError("".join(said))
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL; what it had started has to end by itself."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(family, timeout=30)[1]
+
+
+def worker(device: subprocess.Popen[str], number: int) -> psutil.Process:
+    """The process for the `number`-th message to a device from now on, when it is at work (and has torch)."""
+    seen: dict[int, psutil.Process] = {}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        for each in psutil.Process(device.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any(part.endswith("flwr-clientapp") for part in each.cmdline()):
+                    seen[each.pid] = each
+        if len(seen) >= number:
+            found = list(seen.values())[number - 1]
+            if "libtorch" in Path(f"/proc/{found.pid}/maps").read_text():
+                return found
+        time.sleep(0.05)
+    raise AssertionError(f"only {len(seen)} messages came")
+
+
+@contextmanager
+def slowed(process: psutil.Process) -> Iterator[None]:
+    """A process that stands still but for a moment now and then, in which it shows that it lives."""
+    enough = threading.Event()
+
+    def pulse() -> None:
+        with suppress(psutil.NoSuchProcess):
+            while not enough.is_set():
+                process.suspend()
+                enough.wait(14)
+                process.resume()
+                enough.wait(1)
+
+    thread = threading.Thread(target=pulse)
+    thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
+
+
+def usual_seconds() -> float:
+    """What a device needs on this machine, now, for one message, in round figures: to start."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import flwr.clientapp, fedspine.client_round"], cwd=ROOT, check=True)
+    return time.monotonic() - began

@@ -1,0 +1,245 @@
+"""Devices that come and go, answer too late, answer nonsense or lack memory: without processes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from flwr.app.error import Error
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedspine import client_round
+from fedspine.config import RunConfig
+from fedspine.devices.measured import LINK_VARIABLE, Link, MeasuredMeter, write_link
+from fedspine.errors import FederationError, ModelError
+from fedspine.exchange import Attendance, Exchange, checked
+from fedspine.flower.client_app import at_work, make_client_app
+from fedspine.flower.engines import run_federation
+from fedspine.flower.exchange import GridExchange
+from fedspine.flower.inline import FIRST_NODE_ID, InlineGrid
+from fedspine.simulation import run_server
+from fedspine.types import FAILED, OUT_OF_MEMORY, TRAINED, TrainReply, TrainRequest
+from tests.flower import fakes
+from tests.small_run import KEYS, write_data, write_model
+
+APP: ClientApp = make_client_app(fakes.train, fakes.probe, fakes.evaluate)
+
+
+class Network(InlineGrid):
+    """Nodes that are `gone`, or `slow`: whose answers are not there yet."""
+
+    def __init__(self, devices: int) -> None:
+        super().__init__(APP, devices)
+        self.gone: set[int] = set()
+        self.slow: set[int] = set()
+        self._done: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return [node for node in super().get_node_ids() if node not in self.gone]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        for reply in super().pull_messages(message_ids):
+            self._done[reply.metadata.reply_to_message_id] = reply
+        here = [key for key, reply in self._done.items() if reply.metadata.src_node_id not in self.slow]
+        return [self._done.pop(key) for key in here if key in message_ids]
+
+
+def exchange(grid: InlineGrid, devices: int, **options: Any) -> GridExchange:
+    return GridExchange(grid, devices, real=True, poll_seconds=0.01, timeout_seconds=0.1, **options)
+
+
+def trained(over: Exchange, devices: Iterable[int], round: int = 1) -> list[str]:
+    replies = over.train([fakes.train_request(device, round) for device in devices], lambda _: None)
+    return [reply.report.outcome for reply in replies]
+
+
+def test_a_late_answer_is_discarded_and_its_device_left_alone_until_then() -> None:
+    grid = Network(3)
+    over = exchange(grid, 3)
+    assert over.attendance(3) == Attendance()
+    grid.slow = {FIRST_NODE_ID + 1}
+    assert trained(over, range(3)) == [TRAINED, FAILED, TRAINED]
+    assert over.attendance(2) == Attendance(frozenset({1}))
+    assert trained(over, (0, 2), 2) == [TRAINED, TRAINED]
+    grid.slow = set()
+    assert over.attendance(3) == Attendance(discarded=(1,))
+    assert over.attendance(3) == Attendance()
+    assert trained(over, range(3), 3) == [TRAINED] * 3
+
+
+def test_too_few_devices_are_waited_for_and_then_an_error() -> None:
+    grid = Network(3)
+    over = exchange(grid, 3, connect_seconds=0.05)
+    over.attendance(3)
+    grid.gone = {FIRST_NODE_ID, FIRST_NODE_ID + 2}
+    assert over.attendance(1) == Attendance(frozenset({0, 2}))
+    with pytest.raises(FederationError, match="only 1 devices are there, and a round needs 2 "):
+        over.attendance(2)
+
+
+def test_devices_that_are_at_work_for_a_killed_server_are_waited_for() -> None:
+    grid = Network(2)
+    grid.slow = set(grid._contexts)
+    over = exchange(grid, 2, connect_seconds=5)
+    threading.Timer(0.3, grid.slow.clear).start()
+    assert over.attendance(2).away == frozenset()
+
+
+def test_a_named_device_may_come_later_and_a_stranger_is_left_out() -> None:
+    grid = Network(4)
+    for (node, context), name in zip(grid._contexts.items(), ("b", "c", "x", "b"), strict=True):
+        context.node_config = {"name": name}
+        grid.gone.add(node)
+    first, second, _, double = grid._contexts
+    grid.gone -= {second}
+    over = exchange(grid, 3, names=("a", "b", "c"), least=1)
+    assert over.attendance(1) == Attendance(frozenset({0, 1}))
+    grid.gone.clear()
+    assert over.attendance(1) == Attendance(frozenset({0}))
+    assert over._roster.connected() == {first: 1, second: 2}
+    grid.gone = {first}
+    assert over._roster.connected() == {second: 2, double: 1}
+
+
+def test_a_real_device_that_cannot_measure_or_evaluate_is_left_out() -> None:
+    over = exchange(InlineGrid(APP, 2), 2)
+    assert over.probe([fakes.probe_request(1, rank=13), fakes.probe_request(0)]) == [
+        None,
+        fakes.probe(fakes.probe_request(0)),
+    ]
+    assert over.evaluate([fakes.evaluate_request(1, 13)], lambda _: None) == [None]
+
+
+def test_a_mistake_ends_the_run_at_its_start_and_later_fails_the_device() -> None:
+    over = exchange(InlineGrid(APP, 2), 2)
+    mistaken = [fakes.train_request(1, rank=14)]
+    with pytest.raises(ModelError, match=fakes.USER_MISTAKE):
+        over.train(mistaken, lambda _: None)
+    trained(over, [0])
+    (reply,) = over.train(mistaken, lambda _: None)
+    assert (reply.report.outcome, reply.report.message) == (FAILED, fakes.USER_MISTAKE)
+
+
+def test_a_process_that_was_killed_has_run_out_of_memory() -> None:
+    class Killing(InlineGrid):
+        def _handle(self, message: Message) -> Message:
+            if message.metadata.message_type != "train":
+                return super()._handle(message)
+            return Message(Error(ErrorCode.CLIENT_APP_CRASHED, "ClientApp stopped responding."), reply_to=message)
+
+    over = exchange(Killing(APP, 1), 1)
+    (reply,) = over.train([fakes.train_request(0)], lambda _: None)
+    assert reply.report.outcome == OUT_OF_MEMORY
+    assert "was killed" in reply.report.message
+
+
+# What a device sends
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_nan_does_not_reach_the_other_devices(value: float) -> None:
+    request = replace(fakes.train_request(1), arrays={"x.A": np.ones(3, np.float32), "x.B": np.ones(3, np.float32)})
+    good = fakes.train(request)
+    assert checked(good, request) is good
+    bad = replace(good, arrays={**good.arrays, "x.B": np.array([1, value], np.float32)})
+    reply = checked(bad, request)
+    assert (reply.report.outcome, reply.report.message) == (FAILED, "rejected: NaN or infinity in x.B")
+    assert (dict(reply.arrays), reply.scores) == ({}, None)
+    assert good.scores is not None
+    poisoned = tuple((heads * value, channels) for heads, channels in good.scores)
+    assert checked(replace(good, scores=poisoned), request).report.message == "rejected: NaN or infinity in scores"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    base = tmp_path_factory.mktemp("real")
+    keys = {**KEYS, "devices": 3, "sampled": 3, "rounds": 3, "probe": "never"}
+    return RunConfig.from_values(
+        {**keys, "model": str(write_model(base / "model")), "data": str(write_data(base / "data"))}
+    )
+
+
+def served(config: RunConfig, directory: Path, train: Callable[[TrainRequest], TrainReply]) -> list[dict[str, Any]]:
+    """The records of a run over real devices that train so."""
+    app = make_client_app(train, at_work("probe"), at_work("evaluate_device"))
+    run_federation(lambda over: run_server(config, over, directory), devices=config.devices, client_app=app)
+    return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_when_a_device_sends_nan(config: RunConfig, tmp_path: Path) -> None:
+    def train(request: TrainRequest) -> TrainReply:
+        reply = client_round.train(request)
+        if request.device == 2:
+            reply = replace(reply, arrays={name: array * np.nan for name, array in reply.arrays.items()})
+        return reply
+
+    for record in served(config, tmp_path / "run", train):
+        assert [pull["report"]["outcome"] for pull in record["pulls"]] == [TRAINED, TRAINED, FAILED]
+        assert record["pulls"][2]["report"]["message"].startswith("rejected: NaN or infinity in ")
+        assert record["loss"] is None or np.isfinite(record["loss"])
+
+
+OUT_OF_MEMORY_ERRORS = (
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY_ERRORS)
+def test_out_of_memory_is_an_outcome_of_a_real_device_only(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(_: TrainRequest) -> None:
+        raise error
+
+    monkeypatch.setattr(client_round, "_bench_for", fail)
+    report = client_round.train(fakes.train_request(0), own=True).report
+    assert (report.outcome, report.message[:32]) == (OUT_OF_MEMORY, "ran out of memory while training")
+    with pytest.raises(type(error)):  # in a simulation it is the memory of this machine
+        client_round.train(fakes.train_request(0))
+
+
+def test_a_device_that_ran_out_of_memory_gets_a_smaller_model(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LINK_VARIABLE, str(tmp_path / "link.json"))
+    write_link(Link(0.1, 1e-6, 1e-6))
+    least: dict[str, float] = {}
+
+    def tuned(local: client_round.Local, *rest: Any) -> TrainReply:
+        request, bench = local.request, rest[0]
+        needed = bench.workload.planned_memory_bytes(request.action.pruning_ratio, request.action.lora_rank)
+        if request.device == 1 and needed > least.setdefault("that failed", needed):
+            raise AssertionError("it was given more")
+        if request.device == 1 and needed > 0.9 * least["that failed"]:
+            raise MemoryError
+        return fitting(local, *rest)
+
+    fitting = client_round.tuned
+    monkeypatch.setattr(client_round, "tuned", tuned)
+    measured = replace(config, cost="measured", target_sparsity=0.5, max_step_ratio=0.5, policy="fedspine")
+    one, two, three = served(measured, tmp_path / "run", lambda request: client_round.train(request, own=True))
+    assert [pull["report"]["outcome"] for pull in one["pulls"]] == [TRAINED, OUT_OF_MEMORY, TRAINED]
+    assert one["pulls"][1]["report"]["message"].startswith("ran out of memory while training")
+    assert one["pulls"][1]["report"]["compute_seconds"] > 0  # what the round lost by it
+    assert [pull["report"]["outcome"] for record in (two, three) for pull in record["pulls"]] == [TRAINED] * 6
+
+
+def test_a_model_that_does_not_fit_is_refused_before_training_with_the_estimate(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LINK_VARIABLE, str(tmp_path / "link.json"))
+    write_link(Link(0.1, 1e-6, 1e-6))
+    monkeypatch.setattr(MeasuredMeter, "memory_bytes", 1e4)
+    monkeypatch.setattr(client_round, "tuned", lambda *_: pytest.fail("it trained"))
+    expected = r"round 1: 0 of 3 devices finished.*out_of_memory: needs 0 MB of 0 MB"
+    with pytest.raises(FederationError, match=expected):
+        served(replace(config, cost="measured"), tmp_path / "run", lambda each: client_round.train(each, own=True))
