@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -67,14 +67,20 @@ def kill(process: subprocess.Popen[str]) -> None:
     assert not psutil.wait_procs(family, timeout=30)[1]
 
 
-def worker(device: subprocess.Popen[str], number: int) -> psutil.Process:
-    """The process for the `number`-th message to a device from now on, when it is at work (and has torch)."""
+def worker(device: subprocess.Popen[str], number: int, known: Collection[psutil.Process] = ()) -> psutil.Process:
+    """The process for the `number`-th message to a device from now on, when it is at work (and has torch).
+
+    `known`: those that do not count.
+    """
     seen: dict[int, psutil.Process] = {}
+    ignored = {process.pid for process in known}
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         for each in psutil.Process(device.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if any(part.endswith("flwr-clientapp") for part in each.cmdline()):
+                # What such a process starts itself has its command line for a moment.
+                old = {each.pid, each.ppid()} & ignored or each.ppid() in seen
+                if not old and any(part.endswith("flwr-clientapp") for part in each.cmdline()):
                     seen[each.pid] = each
         if len(seen) >= number:
             found = list(seen.values())[number - 1]
