@@ -1,13 +1,16 @@
-"""Does a twin fitted to the first half of a real run predict the second? Four throttled devices on this machine.
+"""Does a twin fitted to the first half of a real run predict the second? And what does the server itself take?
 
-    .venv/bin/python benchmarks/twin.py [--rounds 8] [--shares 1,0.8,0.6,0.4] [-s KEY=VALUE] [--out DIR | --run DIR]
+    .venv/bin/python benchmarks/twin.py [--rounds 16] [--shares 0.6,0.5,0.4,0.3] [-s KEY=VALUE] [--out DIR | --run DIR]
 
 A SuperLink and a SuperNode per share on loopback (`fedspine serve`, `fedspine join`), with cost = measured. The process
 that trains for a device of share 0.4 is stopped (SIGSTOP) for 60 % of every 0.2 s: about 2.5 times as slow. It is left
 alone until it has started, as Flower starts another one where the first takes too long. The policy is random, so that
-rounds differ in pruning ratio and rank. Devices run side by side: on a machine of fewer cores, or with other work, they
-also slow one another down, which is then in what is predicted. `--out` keeps the run's directory; `--run` evaluates the
-one of an earlier run.
+rounds differ in pruning ratio and rank. Devices run side by side: where their shares are more than the machine's cores,
+or with other work, they also slow one another down, which is then in what is predicted. `--out` keeps the run's
+directory; `--run` evaluates the one of an earlier run.
+
+Of a round's time at the server: what the slowest device says it needed, what the server computes (plan, aggregate,
+evaluate; not the checkpoint), and the rest, in which Flower carries messages and a device starts its process.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ FEDSPINE = [sys.executable, "-m", "fedspine"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--shares", default="1,0.8,0.6,0.4", help="of the time that each device runs")
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--shares", default="0.6,0.5,0.4,0.3", help="of the time that each device runs")
     parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, help="new directory for the run (default: one that is deleted)")
     parser.add_argument("--run", type=Path, help="evaluate this run")
@@ -63,8 +66,23 @@ def federated(folder: Path, out: Path, shares: Sequence[float], rounds: int, key
             join = [*FEDSPINE, "join", "--insecure", "--server", f"127.0.0.1:{port}", "--name", f"device{number}"]
             stack.enter_context(_joined([*join, "--state", f"state{number}"], folder, share, port))
         command = [*serve, *(part for each in settings for part in ("-s", each))]
-        subprocess.run(command, cwd=folder, env=_environment(), check=True, stdout=subprocess.DEVNULL)
+        with subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.DEVNULL) as server:
+            memory = _peak_memory(server)
+        if server.returncode:
+            sys.exit(server.returncode)
+        print(f"fedspine serve with its SuperLink and ServerApp: {memory / 1e6:.0f} MB resident at the most")
     return out
+
+
+def _peak_memory(server: subprocess.Popen[bytes]) -> int:
+    """Of a process and all that it starts, until it ends: bytes, resident at a time."""
+    peak = 0
+    while server.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(server.pid)
+            peak = max(peak, sum(each.memory_info().rss for each in (process, *process.children(recursive=True))))
+        time.sleep(0.5)
+    return peak
 
 
 def evaluate(directory: Path, shares: Sequence[float]) -> None:
@@ -89,6 +107,16 @@ def evaluate(directory: Path, shares: Sequence[float]) -> None:
             f"{median(own):>7.1%}"
         )
     print(f"median error of a round's time: {median(errors):.1%} of {len(errors)} (bar: 20 %)")
+    whole = [record.wall["seconds"] for record in records]
+    own = [record.wall["seconds"] - record.wall["exchange"] for record in records]
+    slowest = [max(pull.report.seconds for pull in record.pulls) for record in records]
+    rest = [record.wall["exchange"] - seconds for record, seconds in zip(records, slowest, strict=True)]
+    parts = (("slowest device", slowest), ("server's own work", own), ("messages and starting processes", rest))
+    print(
+        f"a round, median: {median(whole):.1f} s; " + ", ".join(f"{name} {median(part):.2f} s" for name, part in parts)
+    )
+    shares_of_round = [mine / all_of_it for mine, all_of_it in zip(own, whole, strict=True)]
+    print(f"server's own work over the round, median: {median(shares_of_round):.1%} (bar: 10 %)")
 
 
 @contextmanager

@@ -5,8 +5,9 @@
 
 Each (task, population) is a `fedspine compare` of its own, in OUT/TASK-POPULATION; finished runs are not run again,
 killed ones continue. Populations after `mixed` train only what looks at times, and take the other methods' runs from
-it. Writes results.json, tables.md, accuracy.png and costs.png beside this file, of whatever is finished; with --table
-from results.json alone.
+it. Writes results.json, tables.md, accuracy.png and costs.png beside this file after each of them; with --table from
+results.json alone. What results.json holds already stays in it, with the commit that gave it, unless a run of the same
+method and seed takes its place or its keys are not those of today: so a table can grow over several machines and days.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from grid import commit  # noqa: E402
 
-from fedspine.comparison import FILE, Cell, Progress, compare  # noqa: E402
+from fedspine.comparison import FILE, Cell, Progress, compare, plan  # noqa: E402
 from fedspine.config import parse_override  # noqa: E402
 from fedspine.report.comparison_figures import draw_accuracy, draw_bars, new_figure, save_figure  # noqa: E402
 from fedspine.report.comparison_tables import (  # noqa: E402
@@ -41,6 +43,7 @@ from fedspine.report.comparison_tables import (  # noqa: E402
     target_of,
     traffic,
 )
+from fedspine.report.records import write_atomically  # noqa: E402
 
 METHODS = (
     "fedspine", "fedspine + distilling", "fedspine without levers", "fedspine-paper",
@@ -50,6 +53,7 @@ METHODS = (
 """The first is what all are compared with."""
 BASELINE = "hetlora"
 """Whose costs are 100 %."""
+MOST_SEEDS = 10
 TASKS = ("sst2", "trec", "qnli")
 POPULATIONS = {
     "mixed": "jetson-80",
@@ -82,17 +86,21 @@ def main() -> None:
     options = parser.parse_args()
     results = options.results / "results.json"
     if not options.table:
+        results.parent.mkdir(parents=True, exist_ok=True)
         for task in options.tasks.split(","):
             for population in options.populations.split(","):
                 _compare(task, population, options)
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(_collected(options.out)) + "\n")
+                before = json.loads(results.read_text())["comparisons"] if results.exists() else []
+                write_atomically(results, (json.dumps({"comparisons": _merged(before, options)}) + "\n").encode())
     saved = json.loads(results.read_text())
     found: Found = {}
     for entry in saved["comparisons"]:
-        view = View(entry["target"], entry["baseline"], entry["inference"])
+        methods = {run["method"] for run in entry["runs"]}
+        view = View(
+            entry["target"], BASELINE if BASELINE in methods else entry["runs"][0]["method"], entry["inference"]
+        )
         found[entry["task"], entry["population"]] = entry["runs"], view
-    text = _page(found, saved["commit"])
+    text = _page(found)
     (options.results / "tables.md").write_text(text)
     _draw(found, options.results)
     print(text)
@@ -112,7 +120,7 @@ def _compare(task: str, population: str, options: argparse.Namespace) -> None:
         inference=population == first,
         retime=options.out / f"{task}-{first}" if population != first else None,
         on_progress=lambda cell, progress: _say(task, population, cell, progress),
-        **{"population": POPULATIONS[population], **dict(parse_override(text) for text in options.set)},
+        **_overrides(population, options),
     )
 
 
@@ -121,43 +129,72 @@ def _say(task: str, population: str, cell: Cell, progress: Progress) -> None:
         print(f"{task}, {population}: {cell.name} {progress.state} {progress.accuracy or 0:.3f}", flush=True)
 
 
-def _collected(out: Path) -> dict[str, Any]:
-    """What the finished comparisons hold, as far as tables and figures need it."""
-    comparisons = []
+def _merged(before: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The comparisons of results.json as they were, with what the finished ones in `--out` hold."""
+    old = {(entry["task"], entry["population"]): entry for entry in before}
+    merged = []
     for task in TASKS:
         for population in POPULATIONS:
-            path = out / f"{task}-{population}" / FILE
-            if not path.exists():
-                continue
-            done = json.loads(path.read_text())
-            runs = [
-                {
-                    "method": run["method"],
-                    "seed": run["seed"],
-                    "summary": {key: run["summary"][key] for key in FIGURES},
-                    "curve": [
-                        {key: point[key] for key in ("clock_seconds", "smoothed_accuracy")} for point in run["curve"]
-                    ],
-                }
-                for run in done["runs"]
-            ]
-            comparisons.append(
-                {
-                    "task": task,
-                    "population": population,
-                    "target": done["target"],
-                    "baseline": done["baseline"],
-                    "inference": done["inference"],
-                    "runs": runs,
-                }
-            )
-    return {"commit": commit(), "comparisons": comparisons}
+            entry = old.get((task, population), {"inference": {}, "runs": []})
+            path = options.out / f"{task}-{population}" / FILE
+            new = json.loads(path.read_text()) if path.exists() else {"inference": {}, "runs": []}
+            keys = _keys(task, population, options)
+            runs = {_place(run): run for run in entry["runs"] if run["keys"] == keys.get(_place(run))}
+            for run in new["runs"]:
+                light = _light(run, keys[_place(run)])
+                if {**runs.get(_place(run), {}), "commit": ""} != {**light, "commit": ""}:
+                    runs[_place(run)] = light
+            if runs:
+                merged.append(
+                    {
+                        "task": task,
+                        "population": population,
+                        "target": TARGETS.get(task),
+                        "inference": {**entry["inference"], **new["inference"]},
+                        "runs": [runs[place] for place in sorted(runs)],
+                    }
+                )
+    return merged
 
 
-def _page(found: Found, made: str) -> str:
+def _place(run: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a run in a table: its method's, its seed."""
+    return METHODS.index(run["method"]), run["seed"]
+
+
+def _keys(task: str, population: str, options: argparse.Namespace) -> dict[tuple[int, int], str]:
+    """A digest of the keys of every run, by place."""
+    cells = plan(HERE / f"{task}.toml", METHODS, MOST_SEEDS, _overrides(population, options))
+    return {
+        (METHODS.index(cell.method), cell.seed): sha256(cell.config.to_json().encode()).hexdigest()[:10]
+        for cell in cells
+    }
+
+
+def _overrides(population: str, options: argparse.Namespace) -> dict[str, Any]:
+    return {"population": POPULATIONS[population], **dict(parse_override(text) for text in options.set)}
+
+
+def _light(run: Mapping[str, Any], keys: str) -> dict[str, Any]:
+    """What tables and figures need of a run."""
+    curve = [{key: point[key] for key in ("clock_seconds", "smoothed_accuracy")} for point in run["curve"]]
+    summary = {key: run["summary"][key] for key in FIGURES}
+    return {
+        "method": run["method"],
+        "seed": run["seed"],
+        "commit": commit(),
+        "keys": keys,
+        "summary": summary,
+        "curve": curve,
+    }
+
+
+def _page(found: Found) -> str:
+    commits = dict.fromkeys(run["commit"] for runs, _ in found.values() for run in runs)
     mixed = {task: runs for (task, population), (runs, _) in found.items() if population == "mixed"}
     lines = [
-        f"Commit {made}. Mean ± 95 % interval over seeds (Student's t); differences and ratios are paired by seed."
+        f"Commit {', '.join(commits)}. Mean ± 95 % interval over seeds (Student's t); differences and ratios are "
+        "paired by seed."
     ]
     reference = METHODS[0]
     if mixed:
