@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,10 +38,12 @@ class Texts:
     offsets: NDArray[np.int64]
 
     @classmethod
-    def of(cls, strings: Sequence[str]) -> Texts:
-        parts = [string.encode() for string in strings]
-        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(parts), dtype=np.uint8), offsets)
+    def of(cls, strings: Iterable[str]) -> Texts:
+        data, offsets = bytearray(), array("q", [0])
+        for string in strings:
+            data += string.encode()
+            offsets.append(len(data))
+        return cls(np.frombuffer(data, dtype=np.uint8), np.frombuffer(offsets, dtype=np.int64))
 
     def take(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.data[self.offsets[row] : self.offsets[row + 1]].tobytes().decode() for row in rows]
@@ -82,8 +85,8 @@ def prepare(config: RunConfig) -> PreparedData:
     task = load_task(config)
     train, test = (
         Rows(
-            Texts.of(frame["text"].tolist()),
-            Texts.of(frame["text_pair"].tolist()) if "text_pair" in frame else None,
+            Texts.of(frame["text"]),
+            Texts.of(frame["text_pair"]) if "text_pair" in frame else None,
             frame["label"].to_numpy(dtype=np.int64),
         )
         for frame in (task.train, task.test)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -19,6 +20,7 @@ from fedspine.flower import records
 from fedspine.flower.client_app import EVALUATE, PROBE, TRAIN
 from fedspine.flower.mail import Mail, always
 from fedspine.flower.roster import Roster, content
+from fedspine.lora.factors import off_the_wire
 from fedspine.types import (
     FAILED,
     OUT_OF_MEMORY,
@@ -160,7 +162,8 @@ class GridExchange:
     def _trained(self, reply: Message | str, request: TrainRequest) -> TrainReply:
         answer = self._answer(reply)
         if not isinstance(answer, str):
-            return records.unpack_train_reply(answer)
+            received = records.unpack_train_reply(answer)
+            return replace(received, arrays=off_the_wire(received.arrays))  # at once: not all of a round in two types
         killed = not isinstance(reply, str) and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_CRASHED
         report = Report(OUT_OF_MEMORY, message=KILLED) if killed else Report(FAILED, message=answer)
         return TrainReply(request.device, report, request.structure, {}, None)
