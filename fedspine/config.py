@@ -92,7 +92,7 @@ class RunConfig:
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
     logit_adjustment: float = _key(
-        1.0, "weight of a device's log class prior in a classifier's training logits (label skew)", min=0.0, max=10.0
+        1.0, "weight of a device's log class prior in training logits, against label skew; 0: none", min=0.0, max=10.0
     )
     clip_norm: float = _key(1.0, "gradient norm bound of a device's step", min=1e-6, max=1e6)
     proximal: float = _key(0.0, "pull of a device towards what it received, mu of FedProx; 0: none", min=0.0, max=1e3)

@@ -1,8 +1,9 @@
 """The dataclasses of `fedspine.types` as Flower records and back, bit for bit.
 
-Scalars and structure bits go into a `ConfigRecord`, tensors into an `ArrayRecord`, keys are kebab-case. Every message
-carries records of its own, because ranks and structures differ between devices. Flower's records know no None: what is
-absent has no record.
+Scalars and structure bits go into a `ConfigRecord`, keys are kebab-case. Tensors go into an `ArrayRecord` as one file
+of safetensors: a SuperLink stores, hands out and drops every array of a message by itself, and eighty take it seconds.
+Every message carries records of its own, because ranks and structures differ between devices. Flower's records know no
+None: what is absent has no record.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 import numpy as np
 from flwr.app import Array as WireArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from safetensors.numpy import load, save
 
 import fedspine
 from fedspine import errors
@@ -36,6 +38,8 @@ from fedspine.types import (
 )
 
 T = TypeVar("T")
+SAFETENSORS = "safetensors"
+"""Name and type of the array that holds all others."""
 
 
 def pack_train_request(request: TrainRequest) -> RecordDict:
@@ -234,12 +238,16 @@ def _read_structure(records: RecordDict) -> Structure:
 
 
 def _arrays(arrays: Mapping[str, Array]) -> ArrayRecord:
-    return ArrayRecord({name: WireArray(np.asarray(array, order="C")) for name, array in arrays.items()})
+    order = {"names": json.dumps(list(arrays))}  # safetensors has one of its own
+    content = save({name: np.asarray(array, order="C") for name, array in arrays.items()}, order)
+    return ArrayRecord({SAFETENSORS: WireArray("uint8", (len(content),), SAFETENSORS, content)})
 
 
 def _read_arrays(records: RecordDict, name: str) -> dict[str, Array]:
-    record = cast(ArrayRecord, records[name])
-    return {key: cast(Array, array.numpy()) for key, array in record.items()}
+    content = cast(ArrayRecord, records[name])[SAFETENSORS].data
+    arrays = load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return {name: cast(Array, arrays[name]) for name in json.loads(header["__metadata__"]["names"])}
 
 
 def _scores(scores: Scores | None) -> ArrayRecord | None:
