@@ -38,11 +38,11 @@ class Job:
 
 def run_jobs(jobs: Sequence[Job], parallel: int) -> None:
     """Stops at the first failure, after what is under way. Errors: `FederationError` with its message."""
-    stop = threading.Event()
+    stop, interrupted = threading.Event(), threading.Event()
     running: set[subprocess.Popen[str]] = set()
 
     def one(job: Job) -> str | None:
-        failure = None if stop.is_set() else _run(job, running, stop)
+        failure = None if stop.is_set() else _run(job, running, stop, interrupted)
         if failure:
             stop.set()
         return failure
@@ -51,6 +51,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> None:
         try:
             failures = [failure for failure in pool.map(one, jobs) if failure]
         except BaseException:  # interrupted: the processes end too
+            interrupted.set()
             stop.set()
             for process in list(running):
                 process.terminate()
@@ -94,10 +95,14 @@ def _family(pid: int) -> list[psutil.Process]:
     return []
 
 
-def _run(job: Job, running: set[subprocess.Popen[str]], stop: threading.Event) -> str | None:
+def _run(
+    job: Job, running: set[subprocess.Popen[str]], stop: threading.Event, interrupted: threading.Event
+) -> str | None:
     """What went wrong, if something did."""
     with subprocess.Popen(job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         running.add(process)
+        if interrupted.is_set():  # while it was being started: nobody else ends it
+            process.terminate()
         errors: list[str] = []
         reader = threading.Thread(target=lambda: errors.append(process.stderr.read() if process.stderr else ""))
         reader.start()
