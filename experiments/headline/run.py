@@ -46,7 +46,7 @@ from fedspine.report.comparison_tables import (  # noqa: E402
 from fedspine.report.records import write_atomically  # noqa: E402
 
 METHODS = (
-    "fedspine", "fedspine + distilling", "fedspine without levers", "fedspine-paper",
+    "fedspine", "fedspine for 48 rounds", "fedspine + distilling", "fedspine without levers", "fedspine-paper",
     "loraprune", "llm-pruner", "apt", "magnitude", "random-pruning", "fedmp",
     "fedit", "ffa-lora", "rolora", "flexlora", "lora-fair", "hetlora", "fedprox", "flora", "fedex-lora", "fedsa-lora",
 )  # fmt: skip
@@ -54,6 +54,7 @@ METHODS = (
 BASELINE = "hetlora"
 """Whose costs are 100 %."""
 MOST_SEEDS = 10
+"""That results.json can hold of a method."""
 TASKS = ("sst2", "trec", "qnli")
 POPULATIONS = {
     "mixed": "jetson-80",
