@@ -179,7 +179,7 @@ def _device(config: RunConfig, case: Case, resident: Any) -> tuple[Local, Workbe
     meter = VirtualMeter(device_state(population, config.seed, 0, 2))
     needed = int(workload_of(config, shape).memory_bytes(structure, RANK))
     unused: Any = None
-    bench = Workbench(config, unused, data, lambda _: data, resident, population, 0)
+    bench = Workbench(config, unused, data, lambda _: data, lambda: resident, resident, population, 0)
     return Local(request, data, meter, Report(TRAINED, examples=rows, peak_memory_bytes=needed)), bench
 
 

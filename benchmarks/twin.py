@@ -3,20 +3,23 @@
     .venv/bin/python benchmarks/twin.py [--rounds 16] [--shares 0.6,0.5,0.4,0.3] [-s KEY=VALUE] [--out DIR | --run DIR]
 
 A SuperLink and a SuperNode per share on loopback (`fedspine serve`, `fedspine join`), with cost = measured. The process
-that trains for a device of share 0.4 is stopped (SIGSTOP) for 60 % of every 0.2 s: about 2.5 times as slow. It is left
-alone until it has started, as Flower starts another one where the first takes too long. The policy is random, so that
-rounds differ in pruning ratio and rank. Devices run side by side: where their shares are more than the machine's cores,
-or with other work, they also slow one another down, which is then in what is predicted. `--out` keeps the run's
-directory; `--run` evaluates the one of an earlier run.
+that trains for a device of share 0.4 is stopped (SIGSTOP) for 60 % of every 0.2 s: about 2.5 times as slow. The policy
+is random, so that rounds differ in pruning ratio and rank. Devices run side by side: where their shares are more than
+the machine's cores, or with other work, they also slow one another down, which is then in what is predicted. `--out`
+keeps the run's directory; `--run` evaluates the one of an earlier run.
 
 Of a round's time at the server: what the slowest device says it needed, what the server computes (plan, aggregate,
-evaluate; not the checkpoint), and the rest, in which Flower carries messages and a device starts its process.
+evaluate; not the checkpoint), and the rest. What the rest is says the log of that device's SuperNode, which is beside
+the run: pauses of Flower's (a SuperNode looks for messages every 3 s and for answers every 0.5 s, its SuperExec for
+messages every 1 s, and who asks for a tensor that is not there yet asks again after 1 s), and what else passes between
+the message's arrival and its answer's departure: unpacking, loading the model again where a head has regrown, sending.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,6 +28,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -34,8 +39,8 @@ from fedspine.config import load_config
 from fedspine.devices.fitting import fit, trained_pulls
 from fedspine.report.records import read_records
 
-CYCLE_SECONDS, START_SECONDS = 0.2, 3.0
-"""Of stopping and going on; of processor time, in which a client app starts."""
+CYCLE_SECONDS = 0.2
+"""Of stopping and going on."""
 FEDSPINE = [sys.executable, "-m", "fedspine"]
 
 
@@ -64,7 +69,8 @@ def federated(folder: Path, out: Path, shares: Sequence[float], rounds: int, key
     with ExitStack() as stack:
         for number, share in enumerate(shares):
             join = [*FEDSPINE, "join", "--insecure", "--server", f"127.0.0.1:{port}", "--name", f"device{number}"]
-            stack.enter_context(_joined([*join, "--state", f"state{number}"], folder, share, port))
+            state, log = ["--state", f"state{number}"], out.with_name(f"{out.name}-device{number}.log")
+            stack.enter_context(_joined([*join, *state], folder, log, share, port))
         command = [*serve, *(part for each in settings for part in ("-s", each))]
         with subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.DEVNULL) as server:
             memory = _peak_memory(server)
@@ -115,12 +121,44 @@ def evaluate(directory: Path, shares: Sequence[float]) -> None:
     print(
         f"a round, median: {median(whole):.1f} s; " + ", ".join(f"{name} {median(part):.2f} s" for name, part in parts)
     )
-    shares_of_round = [mine / all_of_it for mine, all_of_it in zip(own, whole, strict=True)]
-    print(f"server's own work over the round, median: {median(shares_of_round):.1%} (bar: 10 %)")
+    carried = [messages(directory.with_name(f"{directory.name}-device{number}.log")) for number in range(len(shares))]
+    beyond = []
+    for record, mine in zip(records, own, strict=True):
+        pull = max(record.pulls, key=lambda pull: pull.report.seconds)
+        length, pauses = carried[pull.device][record.round - 1]
+        beyond.append(mine + length - pauses - pull.report.seconds)
+    ratios = [over / all_of_it for over, all_of_it in zip(beyond, whole, strict=True)]
+    print(
+        f"overhead beyond polling, median: {median(beyond):.2f} s, {median(ratios):.1%} of the round (bar: 10 %); "
+        f"server's own work in it: {median(own):.2f} s"
+    )
+
+
+def messages(log: Path) -> list[tuple[float, float]]:
+    """Of every training message in a SuperNode's log: (seconds from its arrival until the answer is sent, of which
+    Flower pauses)."""
+    found, at, asked = [], dict[str, float](), []
+    for line in log.read_text(errors="replace").splitlines():
+        match = re.search(r"(\d{4}-\d\d-\d\d [\d:]{8},\d{3}).{0,5}:\s+(.*)", line)
+        if match is None:
+            continue
+        now = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+        if match[2].startswith("Receiving: "):
+            at, asked = {"train": now} if ": train message" in match[2] else {}, []
+        asked += [now] * (match[2] == "Runtime.PullObject")
+        at.setdefault(match[2].split("(")[0].strip(), now)
+        if match[2] == "Sent successfully" and "train" in at:
+            gaps = [after - before for before, after in pairwise(asked)]
+            claimed, reply = (
+                at["Runtime.AcquireTask"] - at["train"],
+                at["Sending: train message"] - at["Runtime.PushTaskOutput"],
+            )
+            found.append((now - at["train"], claimed + max(gaps, default=0.0) + reply))
+    return found
 
 
 @contextmanager
-def _joined(command: Sequence[str], folder: Path, share: float, port: int) -> Iterator[None]:
+def _joined(command: Sequence[str], folder: Path, log: Path, share: float, port: int) -> Iterator[None]:
     """A device that joins as soon as the server listens, and is throttled until the block ends."""
     ended = threading.Event()
 
@@ -128,13 +166,10 @@ def _joined(command: Sequence[str], folder: Path, share: float, port: int) -> It
         while not _listens(port):
             if ended.wait(0.5):
                 return
-        with subprocess.Popen(
-            command,
-            cwd=folder,
-            env=_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as process:
+        with (
+            open(log, "w") as said,
+            subprocess.Popen(command, cwd=folder, env=_environment(), stdout=said, stderr=said) as process,
+        ):
             while not ended.is_set():
                 _throttle(psutil.Process(process.pid), share)
             process.terminate()
@@ -160,10 +195,10 @@ def _throttle(device: psutil.Process, share: float) -> None:
 
 
 def _trains(process: psutil.Process) -> bool:
-    """Whether it is a client app that has started."""
+    """Whether it was forked for a message, by the device's process that has the libraries."""
     with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        spent = process.cpu_times()
-        return "flwr-clientapp" in " ".join(process.cmdline()) and spent.user + spent.system > START_SECONDS
+        parent, command = process.parent(), process.cmdline()
+        return parent is not None and "multiprocessing.forkserver" in " ".join(command) and parent.cmdline() == command
     return False
 
 
@@ -179,7 +214,8 @@ def _free_port() -> int:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    root = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "FLWR_LOG_LEVEL": "DEBUG"}
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def probe(request: ProbeRequest) -> Probe:
 
     A measured probe times whole iterations, and takes the rates of the link from what has been sent so far.
     """
-    bench = workbench(request.settings)
+    bench = _bench_for(request)
     meter = meter_of(bench, request)
     flops = bench.workload.iteration_flops(request.structure.counts(), request.lora_rank)
     if isinstance(meter, VirtualMeter):
@@ -284,15 +284,15 @@ def _traffic(arrays: Arrays, structure: Structure, scores: Scores | None, config
     return sent + (0 if scores is None else sum(part.nbytes for layer in scores for part in layer))
 
 
-def _bench_for(request: TrainRequest | EvaluateRequest) -> Workbench:
-    """Loaded again when this process has given up what the request's structure keeps.
+def _bench_for(request: TrainRequest | ProbeRequest | EvaluateRequest) -> Workbench:
+    """With a model that has all that the request's structure keeps.
 
-    A device that failed after it was cut is sent the structure from before.
+    A process that serves one device has given up what was cut. Some of it may have regrown; and a device that failed
+    after a cut is sent the structure from before.
     """
     bench = workbench(request.settings)
     if not bench.resident.held.contains(request.structure):
-        workbench.cache_clear()
-        bench = workbench(request.settings)
+        bench.load_again()
     return bench
 
 

@@ -37,7 +37,7 @@ DEVICES_KEPT = 128
 """Devices whose rows stay tokenized in a process."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Workbench:
     """All that stays in a process for one configuration."""
 
@@ -46,11 +46,22 @@ class Workbench:
     test: Encoded
     of_device: Callable[[int], Encoded]
     """The training rows of a device."""
+    load: Callable[[], ResidentModel]
+    """The model as it was published."""
     resident: ResidentModel
     population: Population
     pad_id: int
     public: Encoded | None = None
     """Texts to distil on, where the run does."""
+
+    def load_again(self) -> None:
+        """The model: this process has given up a part of it that is needed now."""
+        del self.resident  # not both at a time
+        try:
+            self.resident = self.load()
+        except BaseException:
+            workbench.cache_clear()
+            raise
 
     @property
     def shape(self) -> ModelShape:
@@ -111,8 +122,9 @@ def workbench(settings: str) -> Workbench:
     tokenizer = load_tokenizer(config)
     data = find(settings) or prepare(config)
     pad_id = tokenizer.pad_token_id or 0
-    model, family = load_base(config, len(data.classes), pad_id)
-    resident = resident_of(model, family, config)
+
+    def load() -> ResidentModel:
+        return resident_of(*load_base(config, len(data.classes), pad_id), config)
 
     def tokens(rows: Rows, index: NDArray[np.int64]) -> Encoded:
         pairs = rows.pairs.take(index) if rows.pairs else None
@@ -122,9 +134,10 @@ def workbench(settings: str) -> Workbench:
     return Workbench(
         config=config,
         data=data,
+        load=load,
+        resident=load(),
         test=tokens(data.test, np.arange(len(data.test))),
         of_device=lru_cache(DEVICES_KEPT)(lambda device: tokens(data.train, data.owned[device])),
-        resident=resident,
         population=population,
         pad_id=pad_id,
         public=tokens(data.train, data.public) if len(data.public) else None,

@@ -8,6 +8,7 @@ killed ones continue. Populations after `mixed` train only what looks at times, 
 it. Writes results.json, tables.md, accuracy.png and costs.png beside this file after each of them; with --table from
 results.json alone. What results.json holds already stays in it, with the commit that gave it, unless a run of the same
 method and seed takes its place or its keys are not those of today: so a table can grow over several machines and days.
+Times and memory of inference are measured where hetlora, with which they are compared, is among the methods.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _compare(task: str, population: str, options: argparse.Namespace) -> None:
         out=options.out / f"{task}-{population}",
         target=TARGETS.get(task),
         baseline=BASELINE if BASELINE in methods else "",
-        inference=population == first,
+        inference=population == first and BASELINE in methods,
         retime=options.out / f"{task}-{first}" if population != first else None,
         on_progress=lambda cell, progress: _say(task, population, cell, progress),
         **_overrides(population, options),

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ LINK_VARIABLE = "FEDSPINE_LINK"
 """Names the file in which the SuperNode leaves what it timed, for the process that trains."""
 TELLING_BYTES = 32_768
 """A smaller transfer is mostly latency and tells nothing of the rate."""
+PEAK_RESET = Path("/proc/self/clear_refs")
+"""Where a 5 sets the peak of this process to what it has now: proc_pid_clear_refs(5)."""
 CGROUP = Path("/sys/fs/cgroup")
 """Of this process, where it runs in a container."""
 
@@ -77,10 +80,14 @@ def available_bytes(cgroup: Path = CGROUP) -> float:
 
 @dataclass(frozen=True)
 class MeasuredMeter:
-    """Seconds that this device needs. Compute time runs from when the meter is made."""
+    """Seconds that this device needs. Compute time and the peak of memory count from when the meter is made."""
 
     link: Link = field(default_factory=read_link)
     began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        with suppress(OSError):  # elsewhere than on Linux, the peak is that of the process's whole life
+            PEAK_RESET.write_text("5")
 
     @property
     def memory_bytes(self) -> float:

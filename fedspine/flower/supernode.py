@@ -125,6 +125,7 @@ def supernode_command(device: Device) -> list[str]:
         *(sys.executable, "-m", "fedspine.flower.timed_supernode"),
         *secured,
         f"--superlink={device.server}",
+        "--isolation=process",  # Flower starts no SuperExec: `timed_supernode` does
         f"--port={_free_port()}",  # of its own processes, on this machine only
         f"--node-config={' '.join(f'{key}={json.dumps(value)}' for key, value in node.items())}",
     ]

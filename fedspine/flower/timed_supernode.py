@@ -4,13 +4,15 @@
 What a device sends and receives passes through the SuperNode, before and after the process that trains; so only here
 can it be timed. Waiting is not counted: a SuperNode asks for messages every three seconds.
 
-It also shows itself more often than Flower's, so that the server knows sooner when it died, and has more patience with
-the processes that it starts.
+It also shows itself more often than Flower's, so that the server knows sooner when it died, has more patience with the
+processes of its messages, and starts them by a SuperExec of its own (`superexec`).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from flwr.supernode.nodestate import nodestate_factory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from fedspine.devices.measured import LINK_VARIABLE, Link, write_link
+from fedspine.flower.superexec import superexec_command
 from fedspine.health import answered
 
 HEARTBEAT_SECONDS = 15
@@ -133,4 +136,7 @@ if __name__ == "__main__":
     for module in (heartbeat, fleet_http_connection):
         vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS
     start_parent_process_monitor(os.getppid())  # a `fedspine join` that was killed must not stay joined
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    subprocess.Popen(superexec_command(parser.parse_known_args()[0].port))
     flower_supernode()

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -16,10 +15,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 1200
-"""That a run may take: a device loads torch anew for every message."""
-
-PATIENCE_SECONDS = 240
-"""For the next message to a device."""
+"""That a run may take."""
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -67,27 +63,14 @@ def kill(process: subprocess.Popen[str]) -> None:
     assert not psutil.wait_procs(family, timeout=30)[1]
 
 
-def worker(device: subprocess.Popen[str], number: int, known: Collection[psutil.Process] = ()) -> psutil.Process:
-    """The process for the `number`-th message to a device from now on, when it is at work (and has torch).
-
-    `known`: those that do not count.
-    """
-    seen: dict[int, psutil.Process] = {}
-    ignored = {process.pid for process in known}
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        for each in psutil.Process(device.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                # What such a process starts itself has its command line for a moment.
-                old = {each.pid, each.ppid()} & ignored or each.ppid() in seen
-                if not old and any(part.endswith("flwr-clientapp") for part in each.cmdline()):
-                    seen[each.pid] = each
-        if len(seen) >= number:
-            found = list(seen.values())[number - 1]
-            if "libtorch" in Path(f"/proc/{found.pid}/maps").read_text():
-                return found
-        time.sleep(0.05)
-    raise AssertionError(f"only {len(seen)} messages came")
+def worker(device: subprocess.Popen[str]) -> psutil.Process:
+    """The process that answers a device's messages. It is forked: its command line is that of its parent."""
+    for each in psutil.Process(device.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            parent, command = each.parent(), each.cmdline()
+            if parent is not None and "multiprocessing.forkserver" in " ".join(command) and parent.cmdline() == command:
+                return each
+    raise AssertionError("there is none")
 
 
 @contextmanager
@@ -101,7 +84,7 @@ def slowed(process: psutil.Process) -> Iterator[None]:
                 process.suspend()
                 enough.wait(14)
                 process.resume()
-                enough.wait(1)
+                enough.wait(0.1)
 
     thread = threading.Thread(target=pulse)
     thread.start()
@@ -110,10 +93,3 @@ def slowed(process: psutil.Process) -> Iterator[None]:
     finally:
         enough.set()
         thread.join()
-
-
-def usual_seconds() -> float:
-    """What a device needs on this machine, now, for one message, in round figures: to start."""
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import flwr.clientapp, fedspine.client_round"], cwd=ROOT, check=True)
-    return time.monotonic() - began

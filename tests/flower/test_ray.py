@@ -100,7 +100,7 @@ def test_a_dead_worker_is_a_failed_reply_and_is_replaced() -> None:
         (dead,) = exchange.train([fakes.train_request(0, rank=15)], lambda _: None)
         assert dead.report.outcome == FAILED
         assert "ActorUnavailable" in dead.report.message or "ActorDied" in dead.report.message
-        deadline = time.monotonic() + 180  # on a machine with other work
+        deadline = time.monotonic() + 30
         while exchange.train([fakes.train_request(1)], lambda _: None)[0].report.outcome != TRAINED:
             assert time.monotonic() < deadline
 
