@@ -8,11 +8,12 @@ is random, so that rounds differ in pruning ratio and rank. Devices run side by 
 the machine's cores, or with other work, they also slow one another down, which is then in what is predicted. `--out`
 keeps the run's directory; `--run` evaluates the one of an earlier run.
 
-Of a round's time at the server: what the slowest device says it needed, what the server computes (plan, aggregate,
-evaluate; not the checkpoint), and the rest. What the rest is says the log of that device's SuperNode, which is beside
-the run: pauses of Flower's (a SuperNode looks for messages every 3 s and for answers every 0.5 s, its SuperExec for
-messages every 1 s, and who asks for a tensor that is not there yet asks again after 1 s), and what else passes between
-the message's arrival and its answer's departure: unpacking, loading the model again where a head has regrown, sending.
+Of a round's time at the server: what the slowest device says it needed, transfers included, what the server computes
+(plan, aggregate, evaluate; not the checkpoint), and the rest. The log of that device's SuperNode, which is beside the
+run, says how much longer its process had the message than the work took: to take it and hand it back, to unpack, to
+load the model again where a head has regrown. That is overhead; the rest are Flower's pauses: a SuperNode looks for
+messages every 3 s and for answers every 0.5 s, its SuperExec for messages every 1 s, and who asks for a tensor that is
+not there yet asks again after 1 s.
 """
 
 from __future__ import annotations
@@ -121,12 +122,12 @@ def evaluate(directory: Path, shares: Sequence[float]) -> None:
     print(
         f"a round, median: {median(whole):.1f} s; " + ", ".join(f"{name} {median(part):.2f} s" for name, part in parts)
     )
-    carried = [messages(directory.with_name(f"{directory.name}-device{number}.log")) for number in range(len(shares))]
+    logs = [directory.with_name(f"{directory.name}-device{number}.log") for number in range(len(shares))]
+    carried = [process_seconds(log) for log in logs]
     beyond = []
     for record, mine in zip(records, own, strict=True):
         pull = max(record.pulls, key=lambda pull: pull.report.seconds)
-        length, pauses = carried[pull.device][record.round - 1]
-        beyond.append(mine + length - pauses - pull.report.seconds)
+        beyond.append(mine + carried[pull.device][record.round - 1] - pull.report.compute_seconds)
     ratios = [over / all_of_it for over, all_of_it in zip(beyond, whole, strict=True)]
     print(
         f"overhead beyond polling, median: {median(beyond):.2f} s, {median(ratios):.1%} of the round (bar: 10 %); "
@@ -134,26 +135,23 @@ def evaluate(directory: Path, shares: Sequence[float]) -> None:
     )
 
 
-def messages(log: Path) -> list[tuple[float, float]]:
-    """Of every training message in a SuperNode's log: (seconds from its arrival until the answer is sent, of which
-    Flower pauses)."""
-    found, at, asked = [], dict[str, float](), []
+def process_seconds(log: Path) -> list[float]:
+    """By training message in a SuperNode's log: from when it is handed to a process until that is done, without the
+    longest pause between two of its requests for tensors."""
+    found, at, asked = [], dict[str, float](), list[float]()
     for line in log.read_text(errors="replace").splitlines():
-        match = re.search(r"(\d{4}-\d\d-\d\d [\d:]{8},\d{3}).{0,5}:\s+(.*)", line)
+        match = re.search(r"(\d{4}-\d\d-\d\d [\d:]{8},\d{3}).{0,5}:\s+([\w.]+)(: train)?", line)
         if match is None:
             continue
-        now = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
-        if match[2].startswith("Receiving: "):
-            at, asked = {"train": now} if ": train message" in match[2] else {}, []
-        asked += [now] * (match[2] == "Runtime.PullObject")
-        at.setdefault(match[2].split("(")[0].strip(), now)
-        if match[2] == "Sent successfully" and "train" in at:
+        now, event = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f").timestamp(), match[2]
+        if event == "Receiving":
+            at, asked = {"train": now} if match[3] else {}, []
+        at.setdefault(event, now)
+        if event == "Runtime.PullObject":
+            asked.append(now)
+        if event == "Runtime.PushTaskOutput" and "train" in at:
             gaps = [after - before for before, after in pairwise(asked)]
-            claimed, reply = (
-                at["Runtime.AcquireTask"] - at["train"],
-                at["Sending: train message"] - at["Runtime.PushTaskOutput"],
-            )
-            found.append((now - at["train"], claimed + max(gaps, default=0.0) + reply))
+            found.append(now - at["Runtime.AcquireTask"] - max(gaps, default=0.0))
     return found
 
 

@@ -18,7 +18,7 @@ from fedspine.controller.schedule import warmup_rounds
 from fedspine.cost import FLOAT_BYTES
 from fedspine.data.encode import Batch, Encoded, balanced_sample
 from fedspine.devices.clock import Meter, VirtualMeter, device_state
-from fedspine.devices.measured import MeasuredMeter
+from fedspine.devices.measured import MeasuredMeter, Start
 from fedspine.logit_adjustment import logit_shift
 from fedspine.lora.adapters import narrow, nbytes, rank_of, ranks_of, widen
 from fedspine.lora.factors import BOTH, completed, known_to, of_sides, on_the_wire, shared, trained_sides
@@ -123,26 +123,35 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def _train(request: TrainRequest, own: bool) -> TrainReply:
+    began = Start() if own else None
     bench = _bench_for(request)
     configure_threads(bench.config.threads)
     if not own:
         keep_freed_memory()
     watch = Stopwatch()
-    local = begin(request, bench)
+    local = begin(request, bench, began)
     return local if isinstance(local, TrainReply) else tuned(local, bench, watch, own)
 
 
-def meter_of(bench: Workbench, request: TrainRequest | ProbeRequest) -> VirtualMeter | MeasuredMeter:
-    """Of the run's clock. Errors: `FederationError` when a device is to measure that has no means to."""
+def meter_of(
+    bench: Workbench, request: TrainRequest | ProbeRequest, began: Start | None = None
+) -> VirtualMeter | MeasuredMeter:
+    """Of the run's clock. `began`: what is measured counts from there; None: from now on.
+
+    Errors: `FederationError` when a device is to measure that has no means to.
+    """
     if bench.config.cost == "measured":
-        return MeasuredMeter()
+        return MeasuredMeter(began or Start())
     return VirtualMeter(device_state(bench.population, bench.config.seed, request.device, request.round))
 
 
-def begin(request: TrainRequest, bench: Workbench) -> Local | TrainReply:
-    """Download what the request holds; the reply of a device that drops out, or lacks memory for it."""
+def begin(request: TrainRequest, bench: Workbench, began: Start | None = None) -> Local | TrainReply:
+    """Download what the request holds; the reply of a device that drops out, or lacks memory for it.
+
+    `began`: as of `meter_of`.
+    """
     config, workload, shape = bench.config, bench.workload, bench.shape
-    meter = meter_of(bench, request)
+    meter = meter_of(bench, request, began)
     arrays = completed(request.arrays, known_to(request, config, bench.start, shape), request.structure, shape)
     needed = workload.memory_bytes(request.structure, workload.mean_rank(ranks_of(arrays, shape)))
     download = _traffic(request.arrays, request.structure, request.scores, config)

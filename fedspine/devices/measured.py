@@ -78,16 +78,21 @@ def available_bytes(cgroup: Path = CGROUP) -> float:
         return machine
 
 
-@dataclass(frozen=True)
-class MeasuredMeter:
-    """Seconds that this device needs. Compute time and the peak of memory count from when the meter is made."""
+class Start:
+    """When a device's work on a message began. The peak of this process's memory counts anew from here."""
 
-    link: Link = field(default_factory=read_link)
-    began: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        self.seconds = time.perf_counter()
         with suppress(OSError):  # elsewhere than on Linux, the peak is that of the process's whole life
             PEAK_RESET.write_text("5")
+
+
+@dataclass(frozen=True)
+class MeasuredMeter:
+    """Seconds that this device needs, from its start on."""
+
+    start: Start = field(default_factory=Start)
+    link: Link = field(default_factory=read_link)
 
     @property
     def memory_bytes(self) -> float:
@@ -98,7 +103,7 @@ class MeasuredMeter:
         return lack_of_memory(nbytes, self.memory_bytes)
 
     def compute_seconds(self, flops: float, iterations: int) -> float:
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.start.seconds
 
     def download_seconds(self, nbytes: float) -> float:
         return self.link.download_seconds

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from fedspine.checkpoint import load_state
 from fedspine.client_round import evaluate_device, train
 from fedspine.config import RunConfig, load_config
+from fedspine.devices.measured import LINK_VARIABLE, Link, write_link
 from fedspine.errors import ModelError
 from fedspine.group_round import train_group
 from fedspine.lora.adapters import narrow
@@ -141,6 +144,31 @@ def test_a_device_of_its_own_trains_alike_and_loads_what_it_gave_up(keys: dict[s
     own = evaluate_device(evaluation, own=True)
     workbench.cache_clear()
     assert evaluate_device(evaluation) == own
+
+
+def test_a_device_measures_its_own_message_only_and_all_of_it(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading what was given up takes its time too; what the process once had is not of the message."""
+    monkeypatch.setenv(LINK_VARIABLE, str(tmp_path / "link.json"))
+    write_link(Link())
+    config = RunConfig.from_values({**keys, "cost": "measured"})
+    bench = workbench(config.to_json())
+    load, sent = bench.load, request(config, Structure.full(bench.shape))
+    assert train(sent, own=True).structure != sent.structure
+    once_there = np.ones(100_000_000)
+    most = once_there.nbytes + psutil.Process().memory_info().rss
+    del once_there
+
+    def slowly() -> ResidentModel:
+        time.sleep(0.5)
+        return load()
+
+    bench.load = slowly
+    report = train(sent, own=True).report
+    assert report.compute_seconds > 0.5
+    if Path("/proc/self/clear_refs").exists():
+        assert 50e6 < report.peak_memory_bytes < most - 400e6
 
 
 @pytest.mark.parametrize(("family", "language"), [("bert", False), ("llama", False), ("llama", True)])
