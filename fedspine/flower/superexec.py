@@ -1,10 +1,10 @@
-"""Flower's SuperExec with a process that stays: libraries and base model are loaded once. Options as of
-`flower-superexec`.
+"""Flower's SuperExec with a process that stays; its options are those of `flower-superexec`.
 
-Flower's own starts a process per message, which imports torch, transformers and PEFT and loads the model before it can
-begin: on a weak device that takes longer than the work. Here one process answers the messages of a run, one after the
-other. It is forked from one that has imported the libraries, of Python's `forkserver`, so the next run, or a process
-that died, costs little too. The code of a run comes with the run: of this package nothing is imported before.
+Flower's own starts a process per message, which imports torch, transformers and PEFT, unpacks the run's code and loads
+the model before it can begin: on a weak device that takes longer than the work. Here one process answers the messages
+of a run, one after the other. It is forked from one that has imported the libraries (Python's `forkserver`), so the
+next run, or a process that died, costs little too. The code of a run comes with the run: of this package nothing is
+imported before.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
+from flwr.cli.install import install_from_fab
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.exit.exit_handler import trigger_exit_handlers
@@ -88,6 +90,7 @@ def attend(messages: Connection, parent: int) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "fedspine"]:
         del sys.modules[name]
     vars(run_clientapp)["flwr_exit"] = _leave
+    vars(run_clientapp)["install_from_fab"] = lru_cache(maxsize=1)(install_from_fab)
     start_parent_process_monitor(parent)
     while True:
         try:
