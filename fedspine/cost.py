@@ -4,8 +4,9 @@ FLOPs follow the standard count for a transformer layer with frozen base weights
 gradient with respect to inputs is twice the forward; adapters add three times their own forward, or two and a half
 where one factor is fixed. Gradient checkpointing adds one more forward of both. Tokens are counted as
 `batch_size * max_length` in every layer, the static shape an edge runtime computes, so that a cost depends on the
-configuration alone. A simulation computes less: rows are padded to their batch's longest only, and the last layer of
-BERT-like classifiers computes the one token that the head reads.
+configuration alone. A language model's loss counts as the FLOPs that take as long. A simulation computes less: rows
+are padded to their batch's longest only, and the last layer of BERT-like classifiers computes the one token that the
+head reads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from fedspine.structure import ModelShape, Structure
 from fedspine.types import Action
 
 FLOAT_BYTES = 4
+LOSS_FLOPS = 1500
+"""Of a logit of a language model: its log-probability and gradient, bound by memory, take as long as so many FLOPs of a
+matrix product. Measured on a CPU, on the two shapes of `benchmarks/estimator.py --time`."""
 
 Number = TypeVar("Number", float, NDArray[np.float64])
 
@@ -64,7 +68,8 @@ class Workload:
         """
         base, adapters, head = self._forward_flops(counts, rank)
         again = int(self.gradient_checkpointing)
-        return (2 + again) * base + 2 * head + (2 + self.trained_share + again) * adapters
+        loss = LOSS_FLOPS * self.batch_size * self.length * self.shape.vocabulary
+        return (2 + again) * base + 2 * head + (2 + self.trained_share + again) * adapters + loss
 
     def inference_flops(self, counts: tuple[tuple[float, float], ...], rank: int = 0) -> float:
         """FLOPs of a forward pass over one batch; rank 0: without adapters."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedspine.cost import Workload
+from fedspine.cost import LOSS_FLOPS, Workload
 from fedspine.lora.adapters import narrow, nbytes
 from fedspine.pruning.families import FAMILIES, family_of
 from fedspine.pruning.select import select
@@ -142,6 +142,16 @@ def test_memory_falls_with_every_cut_and_rises_with_rank() -> None:
     assert all(low < high for low, high in pairwise(by_rank))
     assert replace(WORKLOAD, batch_size=4).memory_bytes(HALF, 4) > WORKLOAD.memory_bytes(HALF, 4)
     assert replace(WORKLOAD, length=18).memory_bytes(HALF, 4) > WORKLOAD.memory_bytes(HALF, 4)
+
+
+def test_a_language_models_head_and_loss_cost_too() -> None:
+    """60 logits per token: their projection forward and backward, and the loss, whatever is cut."""
+    tokens = 2 * 9
+    language = replace(WORKLOAD, shape=replace(SHAPE, vocabulary=60))
+    for structure in (FULL, HALF):
+        more = language.round_flops(structure, 4) - WORKLOAD.round_flops(structure, 4)
+        assert more == 3 * tokens * 60 * (2 * 2 * 24 + LOSS_FLOPS)
+    assert language.planned_flops(0.5, 4) == pytest.approx(language.round_flops(HALF, 4))
 
 
 def test_gradient_checkpointing_costs_one_more_forward() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedspine.config import RunConfig
-from fedspine.cost import Workload
+from fedspine.cost import LOSS_FLOPS, Workload
 from fedspine.data.encode import Encoded, evaluation_batches
 from fedspine.errors import ConfigError, DataError, ModelError
 from fedspine.generation import measure, perplexity
@@ -113,9 +113,10 @@ def test_costs_include_the_head_over_the_vocabulary(family: str) -> None:
     batch = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(**batch)
-    assert counter.get_total_flops() == workload.iteration_flops(structure.counts(), 0) / 2
+    assert counter.get_total_flops() == workload.inference_flops(structure.counts())
     assert workload.planned_flops(0.3, 4) == pytest.approx(
-        replace(workload, shape=replace(model.shape, vocabulary=0)).planned_flops(0.3, 4) + 2 * 2 * 2 * 9 * 24 * 60
+        replace(workload, shape=replace(model.shape, vocabulary=0)).planned_flops(0.3, 4)
+        + 2 * 9 * 60 * (2 * 2 * 24 + LOSS_FLOPS)
     )
     without = replace(workload, shape=replace(model.shape, vocabulary=0))
     logits = 4 * 2 * 9 * 2 * 60
