@@ -16,8 +16,8 @@ from fedspine.report.records import write_atomically
 def measure_inference(runs: Mapping[str, Path], models: Path, baseline: str, length: int) -> dict[str, dict[str, Any]]:
     """`BenchResult.ratios` of every method's global model over that of `baseline`, by method, without the baseline.
 
-    `runs`: directory of a finished run by method. Models go to `models`/NAME, figures beside them; what is there is not
-    made again. `length`: tokens of a text.
+    `runs`: directory of a finished run by method. Models go to `models`/NAME, figures beside them, by the model that
+    they compare with; what is there is not made again. `length`: tokens of a text.
     Errors: `FederationError` with what `fedspine export` or `bench` said.
     """
     found = {}
@@ -28,7 +28,7 @@ def measure_inference(runs: Mapping[str, Path], models: Path, baseline: str, len
     for method, folder in folders.items():
         if method == baseline:
             continue
-        path = folder.with_name(f"{folder.name}.json")
+        path = folder.with_name(f"{folder.name}-against-{folders[baseline].name}.json")
         if not path.exists():
             text = _fedspine("bench", folder, "--against", folders[baseline], "--length", length, "--json")
             write_atomically(path, text.encode())

@@ -209,7 +209,7 @@ def test_relative_cost_is_that_of_the_baseline() -> None:
     assert "| slow | 100 % | 100 % | 100 % | 100 % | 100 % | 100 % | 100 % |" in lines
 
 
-def test_inference_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_is_measured_once_against_each_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, ...]] = []
 
     def fedspine(*arguments: object) -> str:
@@ -226,6 +226,12 @@ def test_inference_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [each[0] for each in said] == ["export", "export", "bench"]
     model, reference = (str(models / f"{name}-seed0") for name in ("magnitude", "fedit"))
     assert said[2][1:] == (model, "--against", reference, "--length", "32", "--json")
+    assert inference.measure_inference(runs, models, "magnitude", 32) == {"fedit": {"peak_memory": 0.5}}
+    third = runs | {"apt": tmp_path / "runs/apt-seed0"}
+    for baseline, benches in (("fedit", 1), ("magnitude", 1), ("apt", 2)):
+        said.clear()
+        inference.measure_inference(third, models, baseline, 32)
+        assert [each[0] for each in said].count("bench") == benches
 
 
 def test_intervals_are_those_of_student() -> None:

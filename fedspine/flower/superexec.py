@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,7 +23,7 @@ from typing import Any
 from flwr.cli.install import install_from_fab
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.cli.flower_superexec import flower_superexec
-from flwr.supercore.exit.exit_handler import trigger_exit_handlers
+from flwr.supercore.exit.exit_handler import SIGNAL_TO_EXIT_CODE, trigger_exit_handlers
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
 from flwr.supercore.tls import validate_and_resolve_root_certificates
@@ -93,6 +94,8 @@ def attend(messages: Connection, parent: int) -> None:
     vars(run_clientapp)["install_from_fab"] = lru_cache(maxsize=1)(install_from_fab)
     start_parent_process_monitor(parent)
     while True:
+        for number in SIGNAL_TO_EXIT_CODE:  # Flower's handlers are those of one message
+            signal.signal(number, signal.SIG_DFL)
         try:
             options: Mapping[str, Any] = messages.recv()
         except EOFError:
