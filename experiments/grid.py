@@ -121,8 +121,11 @@ def column(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def commit() -> str:
-    """The commit that is checked out, marked when files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
+    """The commit that is checked out, marked when files differ from it, other than texts, figures and results."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+    kept = [f":(top,exclude,glob){pattern}" for pattern in ("**/*.md", "**/*.png", "experiments/**/*.json")]
+    changed = git("diff", "--name-only", "HEAD", "--", ":(top)", *kept)
+    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
