@@ -86,6 +86,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE, metavar="DIR", help="folder of results.json and the rest")
     parser.add_argument("--table", action="store_true", help="only tables and figures, from results.json")
     options = parser.parse_args()
+    for name, known in (("tasks", TASKS), ("populations", tuple(POPULATIONS)), ("methods", METHODS)):
+        if unknown := [each for each in getattr(options, name).split(",") if each not in known]:
+            parser.error(f"--{name} {unknown[0]}: there are {', '.join(known)}")
     results = options.results / "results.json"
     if not options.table:
         results.parent.mkdir(parents=True, exist_ok=True)
