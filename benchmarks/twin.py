@@ -10,10 +10,10 @@ keeps the run's directory; `--run` evaluates the one of an earlier run.
 
 Of a round's time at the server: what the slowest device says it needed, transfers included, what the server computes
 (plan, aggregate, evaluate; not the checkpoint), and the rest. The log of that device's SuperNode, which is beside the
-run, says how much longer its process had the message than the work took: to take it, unpack it and hand it back. That is
-overhead. To load the model again, where a head has regrown, is a part of the device's own time. The rest are Flower's
-pauses: a SuperNode looks for messages every 3 s and for answers every 0.5 s, its SuperExec for messages every 1 s, and
-who asks for a tensor that is not there yet asks again after 1 s.
+run, says how much longer its process had the message than the work took: to take it, unpack it and hand it back. That
+is overhead. To load the model again, where a head has regrown, is a part of the device's own time. The rest are
+Flower's pauses: a SuperNode looks for messages every 3 s and for answers every 0.5 s, its SuperExec for messages every
+1 s, and who asks for a tensor that is not there yet asks again after 1 s.
 """
 
 from __future__ import annotations
