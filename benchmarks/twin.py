@@ -10,10 +10,11 @@ keeps the run's directory; `--run` evaluates the one of an earlier run.
 
 Of a round's time at the server: what the slowest device says it needed, transfers included, what the server computes
 (plan, aggregate, evaluate; not the checkpoint), and the rest. The log of that device's SuperNode, which is beside the
-run, says how much longer its process had the message than the work took: to take it, unpack it and hand it back. That
-is overhead. To load the model again, where a head has regrown, is a part of the device's own time. The rest are
-Flower's pauses: a SuperNode looks for messages every 3 s and for answers every 0.5 s, its SuperExec for messages every
-1 s, and who asks for a tensor that is not there yet asks again after 1 s.
+run, says how long its process had the message, and the device's report how much of that was the local round (batches,
+steps, scores, cuts, probe batch). All else is overhead: to take the message, unpack it, make the model
+the one it asks for, read again what has regrown, and hand the answer back. The rest are Flower's pauses: a SuperNode
+looks for messages every 3 s and for answers every 0.5 s, its SuperExec for messages every 1 s, and who asks for a
+tensor that is not there yet asks again after 1 s.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
@@ -127,12 +128,17 @@ def evaluate(directory: Path, shares: Sequence[float]) -> None:
     beyond = []
     for record, mine in zip(records, own, strict=True):
         pull = max(record.pulls, key=lambda pull: pull.report.seconds)
-        beyond.append(mine + carried[pull.device][record.round - 1] - pull.report.compute_seconds)
+        beyond.append(mine + carried[pull.device][record.round - 1] - local_round(pull.report.wall))
     ratios = [over / all_of_it for over, all_of_it in zip(beyond, whole, strict=True)]
     print(
         f"overhead beyond polling, median: {median(beyond):.2f} s, {median(ratios):.1%} of the round (bar: 10 %); "
         f"server's own work in it: {median(own):.2f} s"
     )
+
+
+def local_round(wall: Mapping[str, float]) -> float:
+    """Seconds of a device's stopwatch in which it did what the method asks for."""
+    return sum(seconds for part, seconds in wall.items() if part not in ("seconds", "mount"))
 
 
 def process_seconds(log: Path) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub import metadata_load
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
@@ -20,6 +19,7 @@ from yaml import YAMLError
 from fedspine.artifact import ADAPTER, load_model
 from fedspine.errors import ConfigError, ModelError
 from fedspine.model import EMBEDDED, EMBEDDED_HUB_NAME, model_source, quiet
+from fedspine.published import weight_files
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,7 @@ def random_tokens(subjects: Sequence[Subject], batch: int, length: int, device: 
 
 def weight_bytes(name: str) -> int | None:
     """Bytes of the safetensors files that hold the weights, without adapters; None where they cannot be found."""
-    folder = Path(model_source(name))
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(str(folder), "config.json")
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
-    index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    files = [folder / shard for shard in shards]
-    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
+    return sum(file.stat().st_size for file in weight_files(name)) or None
 
 
 def check_comparable(model: Subject, against: Subject) -> tuple[Subject, Subject]:

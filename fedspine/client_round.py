@@ -124,7 +124,7 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 def _train(request: TrainRequest, own: bool) -> TrainReply:
     began = Start() if own else None
-    bench = _bench_for(request)
+    bench = workbench(request.settings)
     configure_threads(bench.config.threads)
     if not own:
         keep_freed_memory()
@@ -256,7 +256,7 @@ def probe(request: ProbeRequest) -> Probe:
 
     A measured probe times whole iterations, and takes the rates of the link from what has been sent so far.
     """
-    bench = _bench_for(request)
+    bench = workbench(request.settings)
     meter = meter_of(bench, request)
     flops = bench.workload.iteration_flops(request.structure.counts(), request.lora_rank)
     if isinstance(meter, VirtualMeter):
@@ -279,7 +279,7 @@ def iteration_seconds(bench: Workbench, device: int, structure: Structure, rank:
 
 def evaluate_device(request: EvaluateRequest, own: bool = False) -> EvaluateReply:
     """Accuracy of a device's own cut model with the given adapters, on the evaluation set. `own`: see `train`."""
-    bench = _bench_for(request)
+    bench = workbench(request.settings)
     configure_threads(bench.config.threads)
     arrays = completed(request.arrays, bench.start, request.structure, bench.shape)
     bench.resident.mount(request.structure, arrays, merge=True, own=own)
@@ -291,18 +291,6 @@ def _traffic(arrays: Arrays, structure: Structure, scores: Scores | None, config
     """Bytes of what is sent; of what was folded into the weights, the workload knows."""
     sent = nbytes(shared(of_sides(arrays, BOTH), config.trained_factors)) + structure.nbytes
     return sent + (0 if scores is None else sum(part.nbytes for layer in scores for part in layer))
-
-
-def _bench_for(request: TrainRequest | ProbeRequest | EvaluateRequest) -> Workbench:
-    """With a model that has all that the request's structure keeps.
-
-    A process that serves one device has given up what was cut. Some of it may have regrown; and a device that failed
-    after a cut is sent the structure from before.
-    """
-    bench = workbench(request.settings)
-    if not bench.resident.held.contains(request.structure):
-        bench.load_again()
-    return bench
 
 
 def _cut_ratio(request: TrainRequest, config: RunConfig, cut: int, shape: ModelShape) -> float | None:

@@ -127,14 +127,6 @@ class Structure:
             (int(self.head_mask(layer).sum()), int(self.channel_mask(layer).sum())) for layer in range(self.layers)
         )
 
-    def contains(self, other: Structure) -> bool:
-        """True when everything that `other` keeps is kept here too."""
-        return all(
-            bool((self.mask(layer, unit) | ~other.mask(layer, unit)).all())
-            for layer in range(self.layers)
-            for unit in ("heads", "channels")
-        )
-
     def kept_parameters(self, shape: ModelShape) -> int:
         return sum(h * shape.head_parameters + c * shape.channel_parameters for h, c in self.counts())
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedspine.config import RunConfig
 from fedspine.cost import Workload, workload_of
@@ -24,6 +24,8 @@ from fedspine.devices.profiles import Population
 from fedspine.lora.adapters import start_adapters
 from fedspine.lora.resident import ResidentModel
 from fedspine.model import load_base, load_tokenizer
+from fedspine.pruning.families import projections
+from fedspine.published import reader_of
 from fedspine.randomness import Purpose, generator
 from fedspine.structure import ModelShape
 from fedspine.types import (
@@ -46,22 +48,11 @@ class Workbench:
     test: Encoded
     of_device: Callable[[int], Encoded]
     """The training rows of a device."""
-    load: Callable[[], ResidentModel]
-    """The model as it was published."""
     resident: ResidentModel
     population: Population
     pad_id: int
     public: Encoded | None = None
     """Texts to distil on, where the run does."""
-
-    def load_again(self) -> None:
-        """The model: this process has given up a part of it that is needed now."""
-        del self.resident  # not both at a time
-        try:
-            self.resident = self.load()
-        except BaseException:
-            workbench.cache_clear()
-            raise
 
     @property
     def shape(self) -> ModelShape:
@@ -96,8 +87,9 @@ def configure_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def resident_of(model: nn.Module, family: str, config: RunConfig) -> ResidentModel:
+def resident_of(model: Any, family: str, config: RunConfig) -> ResidentModel:
     """Take over a fresh model as the configuration says."""
+    weights = [f"{module.name}.weight" for module in projections(model, family)]
     return ResidentModel(
         model,
         family,
@@ -107,6 +99,7 @@ def resident_of(model: nn.Module, family: str, config: RunConfig) -> ResidentMod
         getattr(torch, config.dtype),
         config.torch_device,
         config.gradient_checkpointing,
+        reader_of(config.model, model.base_model_prefix, weights),
     )
 
 
@@ -123,9 +116,6 @@ def workbench(settings: str) -> Workbench:
     data = find(settings) or prepare(config)
     pad_id = tokenizer.pad_token_id or 0
 
-    def load() -> ResidentModel:
-        return resident_of(*load_base(config, len(data.classes), pad_id), config)
-
     def tokens(rows: Rows, index: NDArray[np.int64]) -> Encoded:
         pairs = rows.pairs.take(index) if rows.pairs else None
         encoder = encode_language if config.task == "causal-lm" else encode
@@ -134,8 +124,7 @@ def workbench(settings: str) -> Workbench:
     return Workbench(
         config=config,
         data=data,
-        load=load,
-        resident=load(),
+        resident=resident_of(*load_base(config, len(data.classes), pad_id), config),
         test=tokens(data.test, np.arange(len(data.test))),
         of_device=lru_cache(DEVICES_KEPT)(lambda device: tokens(data.train, data.owned[device])),
         population=population,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -21,12 +22,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from fedspine.errors import ModelError
 from fedspine.lora.adapters import HEAD, kept_features
 from fedspine.lora.attention import NAME as ENCODER_ATTENTION
 from fedspine.lora.factors import BOTH
 from fedspine.lora.layer import ADAPTER, with_fused_lora
 from fedspine.pruning.families import Family, describe, family_of, head_counters, head_of, projections
+from fedspine.published import Reader
 from fedspine.structure import ModelShape, ModuleShape, Structure
 from fedspine.types import Array, Arrays
 
@@ -44,12 +45,13 @@ class ResidentModel:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         checkpointing: bool = False,
+        published: Reader | None = None,
     ) -> None:
         """Take over `model` (fresh, uncut, float32). `scale` is alpha / rank, the same for every rank mounted.
 
         `dtype`: of the frozen weights and of the arithmetic; adapters and head are float32 in any case. `device`:
         torch's, such as cuda. `checkpointing`: keep only the inputs of the layers for the backward pass, and compute
-        what is inside them again.
+        what is inside them again. `published`: reads the weight of a projection from where `model` came from.
         """
         self.shape: ModelShape = describe(model, family, targets)
         self.scale = scale
@@ -67,11 +69,15 @@ class ResidentModel:
             model.set_submodule(path, part)
         self.projections: list[ModuleShape] = projections(model, family)
         self._head_counters = head_counters(model, family)
+        self._published = published
         self._base = {
             module.name: (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
             for module in self.projections
             if isinstance(linear := model.get_submodule(module.name), nn.Linear)
         }
+        full = Structure.full(self.shape)
+        self._held = {module.name: _features(module, full) for module in self.projections}
+        """Which features of a projection `_base` has: all but those that were given up."""
         settings = LoraConfig(
             r=rank, lora_alpha=scale * rank, target_modules=[m.name for m in self.shape.modules], lora_dropout=0.0
         )
@@ -82,8 +88,8 @@ class ResidentModel:
         if checkpointing:
             checkpoint_layers(model, family)
         self._modules = {module.name: module for module in self.shape.modules}
-        self.structure = self.held = Structure.full(self.shape)
-        """What is mounted, and what could be: all of the base but what was given up."""
+        self.structure = full
+        """What is mounted."""
         self._own = False
         self._trained = BOTH
         self._folded: Arrays = {}
@@ -100,26 +106,19 @@ class ResidentModel:
 
         `merge`: fold the adapters into the weights, for evaluation; nothing is trainable then. `<module>.W` is folded
         in any case.
-        `own`: give up what `structure` has cut, for good, and what `cut` will: the memory is freed.
+        `own`: give up what `structure` has cut, and what `cut` will: the memory is freed. It is read again when a
+        later structure keeps it. Without `published` nothing is given up.
         `trained`: the factors that get gradients, A, B or AB.
         Arrays with one dimension more, in front, are those of several devices: a batch is then as many equal parts.
         Every array is consumed: a wrong or missing name raises `KeyError`.
-        Errors: `ModelError` when the structure keeps what was given up.
+        Errors: `ModelError` when what was given up cannot be read again.
         """
-        if not self.held.contains(structure):
-            gone = self.held.sparsity(self.shape)
-            raise ModelError(
-                f"a structure with {structure.sparsity(self.shape):.3f} of the prunable parameters cut keeps some that "
-                f"this process has given up (it holds a part with {gone:.3f} cut): load the model again"
-            )
         unused, self._own, self._trained = set(arrays), own, trained
         self.parameters = {}
         self._folded = {name: array for name, array in arrays.items() if name.endswith(".W")}
         for module in self.projections:
             unused.discard(f"{module.name}.W")
             self._cut_base(module, structure)
-        if own:
-            self.held = structure
         for (heads, _), counters in zip(structure.counts(), self._head_counters, strict=True):
             for owner, attribute, count in counters:
                 setattr(owner, attribute, count * heads // self.shape.heads)
@@ -179,14 +178,17 @@ class ResidentModel:
 
     def _cut_base(self, module: ModuleShape, structure: Structure) -> None:
         weight, bias = self._base[module.name]
-        held, wanted = (module.features(each.mask(module.layer, module.unit)) for each in (self.held, structure))
+        held, wanted = self._held[module.name], _features(module, structure)
+        if self._published and not held[wanted].all():
+            weight = self._published(f"{module.name}.weight").to(weight.device, weight.dtype)
+            held = np.ones_like(held)
         if not wanted[held].all():
             kept = self._tensor(np.flatnonzero(wanted[held]))
             weight = weight.index_select(0 if module.axis == "rows" else 1, kept)
-            if bias is not None and module.axis == "rows":
-                bias = bias.index_select(0, kept)
-        if self._own:
-            self._base[module.name] = weight, bias
+        if self._own and self._published:
+            self._base[module.name], self._held[module.name] = (weight, bias), wanted
+        if bias is not None and module.axis == "rows" and not wanted.all():
+            bias = bias.index_select(0, self._tensor(np.flatnonzero(wanted)))
         if (folded := self._folded.get(f"{module.name}.W")) is not None:
             weight = torch.add(weight.float(), self._tensor(folded), alpha=self.scale).to(weight.dtype)
         linear = self._linear(module.name)
@@ -219,6 +221,11 @@ class ResidentModel:
         module = self.model.get_submodule(name)
         linear: nn.Linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
         return linear
+
+
+def _features(module: ModuleShape, structure: Structure) -> NDArray[np.bool_]:
+    """Those of a projection that a structure keeps, as a mask."""
+    return module.features(structure.mask(module.layer, module.unit))
 
 
 class Head(nn.Module):

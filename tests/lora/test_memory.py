@@ -19,9 +19,8 @@ from fedspine.checkpoint import load_state
 from fedspine.client_round import evaluate_device, train
 from fedspine.config import RunConfig, load_config
 from fedspine.devices.measured import LINK_VARIABLE, Link, write_link
-from fedspine.errors import ModelError
 from fedspine.group_round import train_group
-from fedspine.lora.adapters import narrow
+from fedspine.lora.adapters import kept_features, narrow
 from fedspine.lora.resident import ResidentModel
 from fedspine.pruning.importance import FisherScorer
 from fedspine.pruning.select import select
@@ -31,7 +30,17 @@ from fedspine.training import LocalOptimizer
 from fedspine.types import Action, EvaluateRequest, TrainReply, TrainRequest
 from fedspine.workbench import workbench
 from tests.small_run import KEYS, rounds, write_data, write_model
-from tests.tiny import TARGETS, random_arrays, random_scores, tiny_config, tiny_model, tokens, uneven_structure
+from tests.tiny import (
+    TARGETS,
+    TINY,
+    random_arrays,
+    random_scores,
+    tiny_config,
+    tiny_model,
+    tiny_resident,
+    tokens,
+    uneven_structure,
+)
 
 LABELS = torch.tensor([0, 1, 2])
 
@@ -42,7 +51,8 @@ def resident_of(family: str, language: bool = False, checkpointing: bool = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
-    return ResidentModel(model, family, TARGETS, 6, 2.0, checkpointing=checkpointing)
+    published = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return ResidentModel(model, family, TARGETS, 6, 2.0, checkpointing=checkpointing, published=published.__getitem__)
 
 
 def backward(resident: ResidentModel) -> torch.Tensor:
@@ -55,10 +65,24 @@ def backward(resident: ResidentModel) -> torch.Tensor:
 
 
 def weight_storages(resident: ResidentModel) -> dict[int, int]:
-    """Bytes by storage of all frozen weights that the object holds, mounted or not."""
-    held = [tensor for pair in resident._base.values() for tensor in pair if tensor is not None]
-    held += [parameter for name, parameter in resident.model.named_parameters() if "lora_" not in name]
+    """Bytes by storage of all frozen weights that the object holds, mounted or not; biases are kept in any case."""
+    held = [weight for weight, _ in resident._base.values()]
+    named = resident.model.named_parameters()
+    held += [parameter for name, parameter in named if "lora_" not in name and not name.endswith(".bias")]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+
+
+def held(resident: ResidentModel) -> int:
+    """Numbers that the object has of the projections' weights."""
+    return sum(weight.numel() for weight, _ in resident._base.values())
+
+
+def held_under(structure: Structure, resident: ResidentModel) -> int:
+    full = Structure.full(resident.shape)
+    return sum(
+        module.d_in * module.d_out * len(kept_features(module, structure)) // len(kept_features(module, full))
+        for module in resident.projections
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "phi3"])
@@ -72,10 +96,10 @@ def test_an_owned_model_keeps_only_what_its_structure_keeps(family: str) -> None
         for resident, gives_up in ((own, True), (shared, False)):
             resident.mount(structure, narrow(arrays, structure, 6, shape), own=gives_up)
         assert torch.equal(own.model(**tokens()).logits, shared.model(**tokens()).logits)
-        cut = shape.prunable_parameters - structure.kept_parameters(shape)
+        cut = held_under(Structure.full(shape), own) - held_under(structure, own)
         assert sum(weight_storages(own).values()) == whole - 4 * cut
     assert sum(weight_storages(shared).values()) > whole
-    assert own.held == structure
+    assert held(own) < held(shared)
 
 
 def test_an_owned_model_is_cut_in_the_middle_of_training() -> None:
@@ -90,19 +114,31 @@ def test_an_owned_model_is_cut_in_the_middle_of_training() -> None:
         optimizer.cut(uneven_structure(shape))
         backward(resident)
         optimizer.step()
-        assert resident.held == (uneven_structure(shape) if own else Structure.full(shape))
+        assert held(resident) == held_under(uneven_structure(shape) if own else Structure.full(shape), resident)
         found.append(resident.arrays())
     assert all((found[0][name] == found[1][name]).all() for name in found[1])
 
 
-def test_what_was_given_up_cannot_be_mounted() -> None:
-    resident = resident_of("bert")
-    shape, arrays = resident.shape, random_arrays(resident)
-    structure = uneven_structure(shape)
-    resident.mount(structure, narrow(arrays, structure, 6, shape), own=True)
-    with pytest.raises(ModelError, match=r"a structure with 0\.000 of the prunable parameters cut keeps some that"):
-        resident.mount(Structure.full(shape), arrays)
-    resident.mount(structure, narrow(arrays, structure, 6, shape), merge=True)
+@pytest.mark.parametrize("family", list(TINY))
+def test_what_was_given_up_is_read_again_where_it_is_kept_again(family: str) -> None:
+    """Bit for bit, projection by projection; for one that does not own it too."""
+    own, shared = resident_of(family), resident_of(family)
+    shape, arrays = own.shape, random_arrays(own)
+    most, least = uneven_structure(shape), select(uneven_structure(shape), random_scores(shape), 0.6, shape)
+    for structure, gives_up in ((least, True), (most, True), (Structure.full(shape), False), (least, True)):
+        narrowed = narrow(arrays, structure, 6, shape)
+        own.mount(structure, narrowed, merge=not gives_up, own=gives_up)
+        shared.mount(structure, narrowed, merge=not gives_up)
+        assert torch.equal(own.model(**tokens()).logits, shared.model(**tokens()).logits)
+        assert held(own) == held_under(structure if gives_up else most, own)
+
+
+def test_what_cannot_be_read_again_is_kept() -> None:
+    resident = tiny_resident()
+    structure = uneven_structure(resident.shape)
+    resident.mount(structure, narrow(random_arrays(resident), structure, 6, resident.shape), own=True)
+    assert held(resident) == held_under(Structure.full(resident.shape), resident)
+    resident.mount(Structure.full(resident.shape), random_arrays(resident), own=True)
 
 
 @pytest.fixture(scope="module")
@@ -128,17 +164,18 @@ def assert_equal(ours: TrainReply, theirs: TrainReply) -> None:
         assert all((part == other).all() for part, other in zip(mine, others, strict=True))
 
 
-def test_a_device_of_its_own_trains_alike_and_loads_what_it_gave_up(keys: dict[str, Any]) -> None:
+def test_a_device_of_its_own_trains_alike_and_reads_again_what_it_gave_up(keys: dict[str, Any]) -> None:
     """A device that failed after a cut is sent the structure from before."""
     config = RunConfig.from_values(keys)
-    full = Structure.full(workbench(config.to_json()).shape)
+    resident = workbench(config.to_json()).resident
+    full = Structure.full(resident.shape)
     sent = request(config, full)
     expected = train(sent)
-    assert workbench(config.to_json()).resident.held == full
+    assert held(resident) == held_under(full, resident)
     for _ in range(2):
         reply = train(sent, own=True)
         assert_equal(reply, expected)
-        assert workbench(config.to_json()).resident.held == reply.structure != full
+        assert held(resident) == held_under(reply.structure, resident) < held_under(full, resident)
     narrowed = narrow(sent.arrays, reply.structure, 4, workbench(config.to_json()).shape)
     evaluation = EvaluateRequest(2, 0, reply.structure, narrowed, config.to_json())
     own = evaluate_device(evaluation, own=True)
@@ -149,22 +186,23 @@ def test_a_device_of_its_own_trains_alike_and_loads_what_it_gave_up(keys: dict[s
 def test_a_device_measures_its_own_message_only_and_all_of_it(
     keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading what was given up takes its time too; what the process once had is not of the message."""
+    """Reading what was given up takes its time too; what the process once had is not of the message."""
     monkeypatch.setenv(LINK_VARIABLE, str(tmp_path / "link.json"))
     write_link(Link())
     config = RunConfig.from_values({**keys, "cost": "measured"})
     bench = workbench(config.to_json())
-    load, sent = bench.load, request(config, Structure.full(bench.shape))
+    published, sent = bench.resident._published, request(config, Structure.full(bench.shape))
+    assert published
     assert train(sent, own=True).structure != sent.structure
     once_there = np.ones(100_000_000)
     most = once_there.nbytes + psutil.Process().memory_info().rss
     del once_there
 
-    def slowly() -> ResidentModel:
+    def slowly(name: str) -> torch.Tensor:
         time.sleep(0.5)
-        return load()
+        return published(name)
 
-    bench.load = slowly
+    bench.resident._published = slowly
     report = train(sent, own=True).report
     assert report.compute_seconds > 0.5
     if Path("/proc/self/clear_refs").exists():
