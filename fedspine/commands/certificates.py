@@ -36,7 +36,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from fedspine.certificates import make_certificates
+    from fedspine.certificates import AUTHORITY, make_certificates
 
     nodes = [name.strip() for name in options.nodes.split(",")] if options.nodes else []
     made = make_certificates(options.directory, options.host, nodes)
@@ -45,7 +45,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"{where}/ca.key: nobody needs it any more; keep it to yourself, or delete it")
         print(f"{where}/ca.crt, server.crt, server.key, *.pub: to the server, as its --certificates folder")
     for node in made.nodes:
-        print(f"{where}/ca.crt, {node}.key: to device {node}, as its --certificates folder")
+        files = (
+            f"ca.crt, {node}.key" if (where / AUTHORITY).exists() else f"{node}.key, next to the server's {AUTHORITY}"
+        )
+        print(f"{where}/{files}: to device {node}, as its --certificates folder")
     if made.nodes and not made.authority:
         print(f"{where}/{', '.join(f'{node}.pub' for node in made.nodes)}: to the server; start it again then")
     print("Only you can read these files. A key must be on its own machine only.")

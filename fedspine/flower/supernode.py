@@ -70,10 +70,14 @@ def join(device: Device, tell: Callable[[str], None]) -> None:
     joined = device.state / "joined"
     patience = time.monotonic() + (REJOIN_SECONDS if joined.exists() else 0.0)
     with terminable():
-        while _run_supernode(command, environment, said, joined, tell):
-            if NOT_ACTIVATED not in "".join(said) or time.monotonic() > patience:
+        while True:
+            if _run_supernode(command, environment, said, joined, tell) == 0:
+                # What Flower does when the server has forgotten the key; if so, the next attempt says it.
+                tell(f"{device.name} lost the server, or was stopped by another program: joining again")
+            elif NOT_ACTIVATED not in "".join(said) or time.monotonic() > patience:
                 raise FederationError(_reason(device, "".join(said)))
-            tell(f"{device.name} was killed here a moment ago, and the server holds it for joined still: trying again")
+            else:
+                tell(f"{device.name} was killed here a moment ago, and the server holds it still: trying again")
             time.sleep(POLL_SECONDS)
 
 

@@ -46,7 +46,8 @@ def test_real_devices_give_the_bits_of_the_simulation(base: Path, start: Start) 
     chosen = keys(base, devices=4, sampled=2, rounds=3, probe="never", eval_devices=2, wire_dtype="float16")
     (port,) = free_ports(1)
     place = ["--host", "127.0.0.1", "--port", port, "--state", "superlink"]
-    server = start("serve", *options(chosen), "--certificates", "certificates", *place, "--out", "real")
+    secured = ["--certificates", "certificates"]
+    server = start("serve", *options(chosen), *secured, *place, "--out", "real")
     until(server, "0 of 4 devices joined; missing: a, b, c, d")
 
     def device(name: str, *trust: object) -> subprocess.Popen[str]:
@@ -60,7 +61,7 @@ def test_real_devices_give_the_bits_of_the_simulation(base: Path, start: Start) 
         _, err = refused.communicate(timeout=120)
         assert (refused.returncode, words in err) == (2, True), err
 
-    devices = [device(name, "--certificates", "certificates") for name in "abcd"]
+    devices = [device(name, *secured) for name in "abcd"]
     out, err = server.communicate(timeout=SECONDS)
     assert (server.returncode, out) == (0, "real\n"), err
     assert "round 3 of 3: 2 of 2 devices trained" in err
@@ -72,6 +73,15 @@ def test_real_devices_give_the_bits_of_the_simulation(base: Path, start: Start) 
     real, same = (load_file(path / "checkpoint" / "state.safetensors") for path in (base / "real", simulated.directory))
     assert real.keys() == same.keys()
     assert all(np.array_equal(real[name], same[name]) for name in real)
+
+    (base / "certificates" / "d.pub").unlink()
+    fewer = start("serve", *options({**chosen, "devices": 3, "rounds": 1}), *secured, *place, "--out", "fewer")
+    _, err = devices.pop().communicate(timeout=120)
+    assert "the server at 127.0.0.1" in err.splitlines()[-1]
+    assert "refuses it: it does not know the key" in err.splitlines()[-1]
+    _, err = fewer.communicate(timeout=SECONDS)
+    assert fewer.returncode == 0, err
+    assert all(each.poll() is None for each in devices)
 
 
 def test_devices_with_their_own_data_and_clock(base: Path, start: Start) -> None:
