@@ -1,8 +1,8 @@
 """`fedspine.compare`: methods x seeds on the same devices, data and clock, run by run, resumable.
 
-A seed fixes the partition, the devices' draws, who is sampled when and every batch, whatever the method: differences
-between methods are paired. Each run is a process of its own, `fedspine simulate`, into `DIR/runs/NAME-seedK`; a
-finished run is not run again, a killed one continues.
+A seed fixes the partition, the devices' draws and every device's batches, whatever the method, and who is sampled when
+for all methods of one `sampling`: differences between methods are paired. Each run is a process of its own, `fedspine
+simulate`, into `DIR/runs/NAME-seedK`; a finished run is not run again, a killed one continues.
 
 Directory: `runs/`, `comparison.json` (every figure and curve), `tables.md`, figures, and with `inference` `models/`.
 """
@@ -109,7 +109,10 @@ def compare(
     directory = Path(out)
     _check_same(directory, cells)
     runs = directory / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {directory}: {error.strerror}; choose another directory") from None
     if retime is not None:
         for cell in cells:
             begun = any((runs / cell.name / name).exists() for name in ("summary.json", "checkpoint"))
@@ -204,8 +207,10 @@ def _read(config: str | Path | None) -> tuple[dict[str, Any], dict[str, dict[str
 
 def _of_method(name: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> RunConfig:
     preset = own.get("method", name if name in METHODS else "fedspine")
-    if preset not in METHODS:
+    if not isinstance(preset, str) or preset not in METHODS:
         raise ConfigError(f"[methods.{name}] method = {preset!r}: must be one of {', '.join(METHODS)}")
+    if "seed" in own:
+        raise ConfigError(f"[methods.{name}] seed: a comparison sets it itself; use --seeds")
     try:
         return RunConfig.from_values({**shared, **METHODS[preset], **own, "method": preset})
     except ConfigError as error:
@@ -277,18 +282,23 @@ def _last_round(directory: Path) -> tuple[int, float | None]:
 
 
 def _final_accuracy(directory: Path) -> float | None:
+    return float(_summary(directory)["device_accuracy_mean"]) if (directory / "summary.json").exists() else None
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    """Errors: `CheckpointError` when the file is damaged."""
     path = directory / "summary.json"
-    return float(json.loads(path.read_text())["device_accuracy_mean"]) if path.exists() else None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete {directory}, and the run is made again") from None
+    return found
 
 
 def _finished(cell: Cell, directory: Path) -> dict[str, Any] | None:
     if _final_accuracy(directory) is None:
         return None
     lines = [json.loads(line) for line in (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    curve = [
-        {key: line[key] for key in ("round", "clock_seconds", "accuracy", "smoothed_accuracy")}
-        for line in lines
-        if line["accuracy"] is not None
-    ]
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    return {"method": cell.method, "seed": cell.seed, "summary": summary, "curve": curve}
+    keys = "round", "clock_seconds", "floor_ratio", "accuracy", "smoothed_accuracy"
+    curve = [{key: line[key] for key in keys} for line in lines if line["accuracy"] is not None]
+    return {"method": cell.method, "seed": cell.seed, "summary": _summary(directory), "curve": curve}

@@ -140,7 +140,7 @@ class RunConfig:
         0.5, "share of prunable parameters (heads and FFN channels) cut on every device at the end", min=0.0, max=0.95
     )
     importance: str = _key(
-        "fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "random", "taylor"
+        "fisher", "score of heads and channels", "fisher", "lora-gradient", "magnitude", "l1", "random", "taylor"
     )
     masks: str = _key("shared", "whose score cuts a device: the server's, its own, or both", "shared", "own", "mixed")
     regrowth: bool = _key(True, "cut the whole model anew in every round: what went by early scores can return")
@@ -155,9 +155,9 @@ class RunConfig:
 
     # aggregation and scheduling
     aggregation: str = _key(
-        "product", "how unequal adapters are joined: product space, per coordinate, zero-padded, corrected means "
-        "(LoRA-FAIR), zero-padded by norm (HetLoRA), or recovered (FedMP)",
-        "product", "coordinate", "zero-pad", "fair", "het", "r2sp",
+        "product", "how unequal adapters are joined: product space, per coordinate, mean product (FlexLoRA), "
+        "zero-padded, corrected means (LoRA-FAIR), zero-padded by norm (HetLoRA), or recovered (FedMP)",
+        "product", "coordinate", "flex", "zero-pad", "fair", "het", "r2sp",
     )  # fmt: skip
     fold: str = _key(
         "none", "what goes into the frozen weights after a round: nothing, the average product, with new adapters for "

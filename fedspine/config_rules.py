@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fedspine.config import RunConfig
 
 _FACTORWISE = ("coordinate", "zero-pad")
-_UNNORMED = ("product", "coordinate", "zero-pad", "fair", "r2sp")
+_UNNORMED = ("product", "coordinate", "flex", "zero-pad", "fair", "r2sp")
 """Weighed by examples, which staleness can discount."""
 _NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
     ("trained_factors", ("both",), {"aggregation": _FACTORWISE}),

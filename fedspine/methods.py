@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedprox": {**_UNPRUNED, "proximal": 0.01},
     "ffa-lora": {**_UNPRUNED, "trained_factors": "b"},
     "rolora": {**_UNPRUNED, "trained_factors": "alternate"},
-    "flexlora": {**_UNPRUNED, "aggregation": "product"},
+    "flexlora": {**_UNPRUNED, "aggregation": "flex"},
     "lora-fair": {**_UNPRUNED, "aggregation": "fair"},
     "hetlora": {**_UNPRUNED, "aggregation": "het", "policy": "tertile", "rank_decay": 0.99, "probe": "first"},
     "flora": {**_UNPRUNED, "fold": "all"},
@@ -46,8 +46,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedmp": {
         **PLAIN,
         "policy": "e-ucb",
-        "importance": "magnitude",
+        "importance": "l1",
         "masks": "own",
+        "regrowth": True,
         "aggregation": "r2sp",
         "reward": "fedmp",
     },
@@ -73,6 +74,6 @@ SOURCES: dict[str, str] = {
     "apt": "mask-gradient scores per parameter, ranks grow where they matter: APT (arXiv 2401.12200)",
     "magnitude": "the same ratio for all, smallest weights first: the classic control",
     "random-pruning": "the same ratio for all, drawn at random: the control of every score",
-    "fedmp": "ratio by E-UCB, own masks by magnitude, R2SP: FedMP (doi 10.1109/ICDE53745.2022.00062)",
+    "fedmp": "ratio by E-UCB, cut anew in every round by L1 norms, R2SP: FedMP (doi 10.1109/ICDE53745.2022.00062)",
 }
 """What each method is, and where it comes from."""

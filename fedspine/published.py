@@ -25,9 +25,10 @@ def weight_files(name: str) -> list[Path]:
         if not isinstance(cached, str):
             return []
         folder = Path(cached).parent
-    index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    files = [folder / shard for shard in sorted(shards)]
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():  # transformers looks in this order
+        return [whole] if whole.is_file() else []
+    files = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     return files if all(file.is_file() for file in files) else []
 
 
@@ -37,7 +38,8 @@ def reader_of(name: str, prefix: str, wanted: Iterable[str]) -> Reader | None:
     `prefix`: the model's `base_model_prefix`, which the files of a model without a task head leave out.
     """
     places: dict[str, tuple[Path, str]] = {}
-    for file in weight_files(name):
+    states = {file: _state(file) for file in weight_files(name)}
+    for file in states:
         with safe_open(file, "pt") as opened:
             places |= {key: (file, key) for key in opened.keys()}  # noqa: SIM118
     found = {each: places.get(each) or places.get(each.removeprefix(f"{prefix}.")) for each in wanted}
@@ -48,6 +50,8 @@ def reader_of(name: str, prefix: str, wanted: Iterable[str]) -> Reader | None:
     def read(each: str) -> torch.Tensor:
         file, key = known[each]
         try:
+            if _state(file) != states[file]:
+                raise OSError(f"{file} is another file than when this process loaded it; start the process again")
             with safe_open(file, "pt") as opened:
                 tensor: torch.Tensor = opened.get_tensor(key)
                 return tensor.clone()  # it is a map of the file
@@ -55,3 +59,9 @@ def reader_of(name: str, prefix: str, wanted: Iterable[str]) -> Reader | None:
             raise ModelError(f"model = '{name}': its weights cannot be read again: {error}") from None
 
     return read
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fedspine.report.comparison_tables import (
     interval,
     paired_difference,
     paired_ratio,
+    seconds_to,
 )
 from fedspine.simulation import simulate
 from tests.small_run import KEYS, figures, options, write_data, write_model
@@ -90,6 +93,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, shared: dict[str,
         compare(methods=METHODS, out=tmp_path, **shared)
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, shared: dict[str, Any]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"--out .*file/x: Not a directory; choose another directory"):
+        compare(methods=METHODS, out=tmp_path / "file" / "x", **shared)
+
+
+def test_a_damaged_summary_is_told(tmp_path: Path, shared: dict[str, Any]) -> None:
+    run = tmp_path / "runs" / "fedavg-seed0"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"summary\.json: damaged .* delete .*fedavg-seed0"):
+        compare(methods=["fedavg"], seeds=1, out=tmp_path, **shared)
+
+
 def test_a_run_that_fails_says_why(tmp_path: Path, shared: dict[str, Any]) -> None:
     with pytest.raises(FederationError, match=r"run fedavg-seed0: data = '.*nowhere': there is no such file or folder"):
         compare(methods=["fedavg"], seeds=1, out=tmp_path / "x", **{**shared, "data": str(tmp_path / "nowhere")})
@@ -109,6 +126,21 @@ def test_methods_of_a_file(tmp_path: Path) -> None:
     assert (fedavg.target_sparsity, one_shot.target_sparsity) == (0.0, 0.6)
     assert (one_shot.method, one_shot.schedule) == ("fedspine", "one-shot")
     assert (faithful.policy, faithful.max_step_ratio) == ("s-ucb", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[methods.fedavg]\nmethod = ["fedit"]\n', "method = ['fedit']: must be one of"),
+        ("[methods.fedavg]\nseed = 3\n", "[methods.fedavg] seed: a comparison sets it itself"),
+    ],
+)
+def test_methods_of_a_file_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        plan(path, None, 1, {})
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +198,8 @@ def run(method: str, seed: int, accuracy: float, speed: float = 1.0) -> dict[str
         "device_memory_bytes": 3e8,
     }
     curve = [
-        {"round": number, "clock_seconds": 100 / speed * part, "accuracy": None, "smoothed_accuracy": accuracy * part}
-        for number, part in ((1, 0.0), (2, 1.0))
+        {"clock_seconds": 100 / speed * part, "floor_ratio": 0.5, "smoothed_accuracy": accuracy * part}
+        for part in (0.0, 1.0)
     ]
     return {"method": method, "seed": seed, "summary": summary, "curve": curve}
 
@@ -192,11 +224,30 @@ def test_a_target_that_some_miss(tmp_path: Path) -> None:
     bad = [run("bad", seed, 0.6) for seed in range(2)]
     runs, view = [*good, *half, *bad], View(target=0.75)
     text = as_markdown(runs, view)
-    assert "a smoothed accuracy of 0.750; faster" in text
-    assert "| bad | not reached | - |" in text
-    assert "93.8 (1 of 2 seeds)" in text
+    assert "a smoothed accuracy of 0.750 at the final sparsity; faster" in text
+    assert "| bad | not reached | not reached |" in text
+    assert "| half | 93.8 (1 of 2 seeds) | 1.00x (1 of 2 seeds) |" in text
+    assert "| half | 100 % (1 of 2 seeds) | 100 % |" in text
     draw_comparison(runs, tmp_path, view)
     assert (tmp_path / "costs.png").stat().st_size > 5_000
+
+
+def test_the_target_counts_when_a_model_is_cut_as_far_as_it_will_be() -> None:
+    """What is reached with less cut is another model's time; after the ramp the next evaluation counts."""
+    cut = run("cut", 0, 0.8)
+    points = ((10.0, 0.0, 0.79), (20.0, 0.3, 0.80), (40.0, 0.5, 0.70), (60.0, 0.5, 0.80))
+    cut["curve"] = [
+        dict(zip(("clock_seconds", "floor_ratio", "smoothed_accuracy"), each, strict=True)) for each in points
+    ]
+    assert seconds_to(cut, 0.75) == 50.0
+    assert seconds_to(cut, 0.70) == 40.0
+    assert seconds_to(cut, 0.81) is None
+    cut["curve"][1]["smoothed_accuracy"] = 0.9
+    assert common_target([cut, run("other", 0, 0.9)]) == 0.8
+    dense = run("dense", 0, 0.8)
+    for point in dense["curve"]:
+        point["floor_ratio"] = 0.0
+    assert seconds_to(dense, 0.4) == 50.0
 
 
 def test_relative_cost_is_that_of_the_baseline() -> None:
@@ -209,6 +260,12 @@ def test_relative_cost_is_that_of_the_baseline() -> None:
     assert "| slow | 100 % | 100 % | 100 % | 100 % | 100 % | 100 % | 100 % |" in lines
 
 
+def finished_run(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "summary.json").touch()
+    return directory
+
+
 def test_inference_is_measured_once_against_each_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, ...]] = []
 
@@ -219,7 +276,7 @@ def test_inference_is_measured_once_against_each_baseline(tmp_path: Path, monkey
         return '{"ratios": {"peak_memory": 0.5}}'
 
     monkeypatch.setattr(inference, "_fedspine", fedspine)
-    runs = {"fedit": tmp_path / "runs/fedit-seed0", "magnitude": tmp_path / "runs/magnitude-seed0"}
+    runs = {name: finished_run(tmp_path / f"runs/{name}-seed0") for name in ("fedit", "magnitude")}
     models = tmp_path / "models"
     found = inference.measure_inference(runs, models, "fedit", 32)
     assert found == inference.measure_inference(runs, models, "fedit", 32) == {"magnitude": {"peak_memory": 0.5}}
@@ -227,11 +284,16 @@ def test_inference_is_measured_once_against_each_baseline(tmp_path: Path, monkey
     model, reference = (str(models / f"{name}-seed0") for name in ("magnitude", "fedit"))
     assert said[2][1:] == (model, "--against", reference, "--length", "32", "--json")
     assert inference.measure_inference(runs, models, "magnitude", 32) == {"fedit": {"peak_memory": 0.5}}
-    third = runs | {"apt": tmp_path / "runs/apt-seed0"}
+    third = runs | {"apt": finished_run(tmp_path / "runs/apt-seed0")}
     for baseline, benches in (("fedit", 1), ("magnitude", 1), ("apt", 2)):
         said.clear()
         inference.measure_inference(third, models, baseline, 32)
         assert [each[0] for each in said].count("bench") == benches
+    said.clear()
+    later = time.time() + 10
+    os.utime(runs["magnitude"] / "summary.json", (later, later))  # it was run again
+    inference.measure_inference(runs, models, "fedit", 32)
+    assert [each[0] for each in said] == ["export", "bench"]
 
 
 def test_intervals_are_those_of_student() -> None:

@@ -260,7 +260,7 @@ def test_number_beyond_floats_is_refused() -> None:
     [
         (
             {"importance": "fischer"},
-            "importance = 'fischer': must be one of fisher, lora-gradient, magnitude, random, taylor "
+            "importance = 'fischer': must be one of fisher, lora-gradient, magnitude, l1, random, taylor "
             "(did you mean 'fisher'?)",
         ),
         ({"masks": "xyz"}, "masks = 'xyz': must be one of shared, own, mixed"),

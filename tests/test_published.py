@@ -48,11 +48,28 @@ def test_a_model_whose_files_are_absent_or_call_it_otherwise_has_no_reader(tmp_p
     assert reader_of(str(tmp_path), "bert", ["bert.encoder.layer.0.output.other.weight"]) is None
 
 
-def test_files_that_went_are_told(tmp_path: Path) -> None:
+def test_a_whole_file_goes_before_shards(tmp_path: Path) -> None:
+    tiny_model(seed=1).save_pretrained(tmp_path, max_shard_size=10_000)
+    shards = {file.name: file.read_bytes() for file in tmp_path.glob("model*")}
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    for name, content in shards.items():
+        (tmp_path / name).write_bytes(content)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    read = reader_of(str(tmp_path), "bert", [name])
+    assert read
+    assert torch.equal(read(name), model.get_parameter(name))
+    assert torch.equal(read(name), AutoModelForSequenceClassification.from_pretrained(tmp_path).get_parameter(name))
+
+
+def test_files_that_changed_or_went_are_told(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     name = "bert.encoder.layer.0.output.dense.weight"
     read = reader_of(str(tmp_path), "bert", [name])
     assert read
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is another file than when this process loaded it"):
+        read(name)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="its weights cannot be read again"):
         read(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedspine.aggregation import coordinate, fair, het, product, r2sp, zero_pad
+from fedspine.aggregation import coordinate, fair, flex, het, product, r2sp, zero_pad
 from fedspine.aggregation.update import Update
 from fedspine.structure import ModelShape
 from fedspine.types import Array, Arrays
@@ -18,6 +18,7 @@ Rule = Callable[[Arrays, Sequence[Update], ModelShape], dict[str, Array]]
 RULES: dict[str, Rule] = {
     "product": product.aggregate,
     "coordinate": coordinate.aggregate,
+    "flex": flex.aggregate,
     "zero-pad": zero_pad.aggregate,
     "fair": fair.aggregate,
     "het": het.aggregate,

@@ -4,7 +4,7 @@ Every device's update of a module is the change of its product, B_i A_i minus th
 started from. Rows (or columns) are averaged over the devices that keep them, so a structure that few devices keep is
 not diluted; components beyond a device's rank, and rows that nobody kept, stay as they were. The sum is brought back
 to the server's rank by a truncated SVD, whose components are ordered, so that a device of lower rank gets the best
-ones. With equal full ranks and no cuts this is FlexLoRA (arXiv 2402.11505). A cut touches only one side of a matrix,
+ones. With equal full ranks and no cuts this is FlexLoRA (`flex`). A cut touches only one side of a matrix,
 so the contributor division is a scaling of one factor, and QR of the joined factors replaces the dense matrix.
 """
 

@@ -14,6 +14,7 @@ from fedspine.report.summary import crossing
 Run = Mapping[str, Any]
 """Method, seed, summary and curve: what `fedspine.comparison.collect` finds."""
 LEVEL = 0.95
+_NEVER = "not reached"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class View:
     """How runs are put side by side."""
 
     target: float | None = None
-    """Smoothed accuracy whose time is compared; None: the highest that every run reached."""
+    """Smoothed accuracy, at the final sparsity, whose time is compared; None: the highest that every run reached."""
     baseline: str = ""
     """Method whose costs are 100 %; empty: the reference."""
     inference: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -73,8 +74,8 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def common_target(runs: Sequence[Run]) -> float:
-    """The highest smoothed accuracy that every run reached, rounded down to half a point."""
-    worst: float = min(max(point["smoothed_accuracy"] for point in run["curve"]) for run in runs)
+    """The highest smoothed accuracy that every run reached at its final sparsity, rounded down to half a point."""
+    worst: float = min(max(accuracy for _, accuracy in _when_cut(run)) for run in runs)
     return math.floor(worst * 200) / 200
 
 
@@ -84,8 +85,18 @@ def target_of(runs: Sequence[Run], view: View) -> float:
 
 
 def seconds_to(run: Run, target: float) -> float | None:
-    """Virtual seconds until the smoothed accuracy crosses the target."""
-    return crossing([(point["clock_seconds"], point["smoothed_accuracy"]) for point in run["curve"]], target)
+    """Virtual seconds until a model that is cut as far as it will be has the target as its smoothed accuracy."""
+    return crossing(_when_cut(run), target)
+
+
+def _when_cut(run: Run) -> list[tuple[float, float]]:
+    """(virtual seconds, smoothed accuracy) from when the run's final sparsity is reached: equal sparsity compares."""
+    final = run["curve"][-1]["floor_ratio"]
+    return [
+        (point["clock_seconds"], point["smoothed_accuracy"])
+        for point in run["curve"]
+        if point["floor_ratio"] >= final - 1e-9
+    ]
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -117,40 +128,44 @@ def paired_difference(group: Sequence[Run], reference: Sequence[Run], key: str) 
 
 def paired_ratio(group: Sequence[Run], reference: Sequence[Run], of: Callable[[Run], float | None]) -> str:
     """Reference over method: how many times less the method needs, as geometric mean with its interval."""
-    found = _log_ratio(reference, group, of)
-    if found is None:
-        return "-"
-    mean, half = found
+    logs, seeds = _log_ratios(reference, group, of)
+    if not logs:
+        return _NEVER
+    mean, half = sum(logs) / len(logs), half_width(logs)
     if half is None:
-        return f"{math.exp(mean):.2f}x"
+        return f"{math.exp(mean):.2f}x{_of_seeds(logs, seeds)}"
     text = f"{math.exp(mean):.2f}x ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
-    return text if abs(mean) > half else text + ", not separable"
+    return text + ("" if abs(mean) > half else ", not separable") + _of_seeds(logs, seeds)
 
 
 def paired_percent(group: Sequence[Run], baseline: Sequence[Run], of: Callable[[Run], float | None]) -> str:
     """Method over baseline in percent, as geometric mean with its interval."""
-    found = _log_ratio(group, baseline, of)
-    if found is None:
-        return "-"
-    mean, half = found
+    logs, seeds = _log_ratios(group, baseline, of)
+    if not logs:
+        return _NEVER
+    mean, half = sum(logs) / len(logs), half_width(logs)
     low, middle, high = (f"{100 * math.exp(mean + side * (half or 0.0)):.0f}" for side in (-1, 0, 1))
-    return f"{middle} %" if low == high else f"{middle} % ({low} to {high})"
+    return (f"{middle} %" if low == high else f"{middle} % ({low} to {high})") + _of_seeds(logs, seeds)
 
 
 def reached_text(group: Sequence[Run], target: float) -> str:
     """Seconds to the target, and how many seeds reached it if not all did."""
     reached = [seconds for run in group if (seconds := seconds_to(run, target)) is not None]
     if not reached:
-        return "not reached"
-    return interval(reached, 1) + ("" if len(reached) == len(group) else f" ({len(reached)} of {len(group)} seeds)")
+        return _NEVER
+    return interval(reached, 1) + _of_seeds(reached, len(group))
 
 
-def _log_ratio(
+def _of_seeds(found: Sequence[float], seeds: int) -> str:
+    return "" if len(found) == seeds else f" ({len(found)} of {seeds} seeds)"
+
+
+def _log_ratios(
     above: Sequence[Run], below: Sequence[Run], of: Callable[[Run], float | None]
-) -> tuple[float, float | None] | None:
-    """(mean, half width of its interval) of the logarithm of above / below over the seeds that have both."""
-    logs = [value for value in _paired(above, below, lambda run: math.log(of(run) or math.nan)) if math.isfinite(value)]
-    return (sum(logs) / len(logs), half_width(logs)) if logs else None
+) -> tuple[list[float], int]:
+    """Logarithms of above / below by seed, where both have the figure, and how many seeds they have in common."""
+    logs = _paired(above, below, lambda run: math.log(of(run) or math.nan))
+    return [value for value in logs if math.isfinite(value)], len(logs)
 
 
 def _paired(group: Sequence[Run], reference: Sequence[Run], of: Callable[[Run], float]) -> list[float]:
@@ -197,7 +212,8 @@ def _cost_table(groups: Mapping[str, Sequence[Run]], target: float) -> Table:
     header = ("method", "s to target", "faster", "s in all", "s waiting", "MB traffic", "MB memory")
     by_all = all(seconds_to(run, target) is not None for group in groups.values() for run in group)
     title = (
-        f"Cost; target: a smoothed accuracy of {target:.3f}{', which every run reached' if by_all else ''}; faster: "
+        f"Cost; target: a smoothed accuracy of {target:.3f} at the final sparsity"
+        f"{', which every run reached' if by_all else ''}; faster: "
         f"against {reference}; waiting: per device and round; memory: the largest need of a device, estimated"
     )
     return Table(title, header, tuple(rows))

@@ -41,11 +41,23 @@ def test_product_is_the_dense_weighted_sum_where_fedit_is_not() -> None:
     """Low-rank updates whose sum fits the rank: the sum of products is exact, the product of sums is not."""
     updates = [update(seed, weight, rank=2) for seed, weight in ((1, 1.0), (2, 3.0), (3, 2.0))]
     zero = {name: np.zeros_like(array) for name, array in START.items()}
-    exact, fedit = (RULES[rule](zero, updates, SHAPE) for rule in ("product", "coordinate"))
+    exact, flex, fedit = (RULES[rule](zero, updates, SHAPE) for rule in ("product", "flex", "coordinate"))
     for module in SHAPE.modules:
         dense = sum(u.weight / 6.0 * product(u.arrays, module) for u in updates)
-        np.testing.assert_allclose(product(exact, module), dense, atol=1e-5)
+        for sums in (exact, flex):
+            np.testing.assert_allclose(product(sums, module), dense, atol=1e-5)
         assert np.abs(product(fedit, module) - dense).max() > 1e-2
+
+
+def test_flex_forgets_what_the_server_had() -> None:
+    """Below the server's rank, from adapters that are not zero: the same sum, and one device alone is the identity."""
+    updates = [update(seed, weight, rank=2) for seed, weight in ((1, 1.0), (2, 3.0), (3, 2.0))]
+    for some in (updates, updates[:1]):
+        result = RULES["flex"](START, some, SHAPE)
+        mass = sum(each.weight for each in some)
+        for module in SHAPE.modules:
+            dense = sum(each.weight / mass * product(each.arrays, module) for each in some)
+            np.testing.assert_allclose(product(result, module), dense, atol=1e-5)
 
 
 def dense_contributor_mean(updates: list[Update], module: ModuleShape, shape: ModelShape) -> np.ndarray:

@@ -40,23 +40,29 @@ def test_scores_are_finite_and_zero_where_cut(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_magnitude_is_the_squared_norm_of_a_unit_in_every_projection(family: str) -> None:
-    """Grouped and fused: unit by unit, against the rows and columns that are left."""
+@pytest.mark.parametrize("importance", ["magnitude", "l1"])
+def test_norms_of_a_unit_are_those_of_its_rows_and_columns(importance: str, family: str) -> None:
+    """Grouped and fused, unit by unit: squares in what has adapters, absolute values in every projection."""
     resident = tiny_resident(family)
     structure = uneven_structure(resident.shape)
     resident.mount(structure, narrow(random_arrays(resident), structure, 6, resident.shape))
-    scores = SCORERS["magnitude"](resident, 0).scores()
+    scores = SCORERS[importance](resident, 0).scores()
+    adapted = {module.name for module in resident.shape.modules}
+    modules = resident.shape.modules if importance == "magnitude" else resident.projections
     for layer in range(2):
         for index, unit in enumerate(("heads", "channels")):
             mask = structure.mask(layer, unit)
             for one in np.flatnonzero(mask):
                 total = 0.0
-                for module in resident.shape.modules:
+                for module in modules:
                     if (module.layer, module.unit) == (layer, unit):
-                        a, b, weight = resident.lora(module)
-                        merged = (weight + 2.0 * b @ a).detach().numpy()
+                        merged = resident.weight(module).numpy()
+                        if module.name in adapted:
+                            a, b, _ = resident.lora(module)
+                            merged = merged + (2.0 * b @ a).detach().numpy()
                         part = module.features(np.arange(len(mask)) == one)[module.features(mask)]
-                        total += ((merged[part] if module.axis == "rows" else merged[:, part]) ** 2).sum()
+                        values = merged[part] if module.axis == "rows" else merged[:, part]
+                        total += (values**2).sum() if importance == "magnitude" else np.abs(values).sum()
                 assert scores[layer][index][one] == pytest.approx(total, rel=1e-4)
 
 
