@@ -135,7 +135,7 @@ def run_rounds(
             plan = plan_round(federation, state, history, round)
         federation.observer.round_started(round, [request.device for request in plan.requests])
         with watch.part("exchange"):
-            replies = train_devices(federation, plan)
+            replies = train_devices(federation, plan, state.arrays)
         with watch.part("aggregate"):
             state, record = finish_round(federation, state, history, plan, replies)
         del plan, replies  # the adapters of all devices, twice: not beside those of the next round

@@ -127,6 +127,15 @@ class Structure:
             (int(self.head_mask(layer).sum()), int(self.channel_mask(layer).sum())) for layer in range(self.layers)
         )
 
+    def within(self, other: Structure) -> bool:
+        """Whether it is of the same model, and keeps nothing that the other has cut."""
+        ours, theirs = (*self.head_bits, *self.channel_bits), (*other.head_bits, *other.channel_bits)
+        return (
+            (self.heads, self.channels, self.layers) == (other.heads, other.channels, other.layers)
+            and [len(bits) for bits in ours] == [len(bits) for bits in theirs]
+            and not any(int.from_bytes(a) & ~int.from_bytes(b) for a, b in zip(ours, theirs, strict=True))
+        )
+
     def kept_parameters(self, shape: ModelShape) -> int:
         return sum(h * shape.head_parameters + c * shape.channel_parameters for h, c in self.counts())
 

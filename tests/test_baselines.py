@@ -271,8 +271,8 @@ def test_a_device_goes_on_with_its_own_b(keys: dict[str, Any], tmp_path: Path, m
     answered: list[TrainReply] = []
     exchange = federation.train_devices
 
-    def listen(federation: Any, plan: Any) -> list[TrainReply]:
-        replies = exchange(federation, plan)
+    def listen(federation: Any, plan: Any, current: Any) -> list[TrainReply]:
+        replies = exchange(federation, plan, current)
         asked.extend(plan.requests)
         answered.extend(replies)
         return replies

@@ -72,8 +72,8 @@ def test_the_averaged_head_reaches_the_devices(
     plans: list[tuple[Any, list[TrainReply]]] = []
     exchange = federation.train_devices
 
-    def listen(parts: Any, plan: Any) -> list[TrainReply]:
-        replies = exchange(parts, plan)
+    def listen(parts: Any, plan: Any, current: Any) -> list[TrainReply]:
+        replies = exchange(parts, plan, current)
         plans.append((plan, replies))
         return replies
 

@@ -9,15 +9,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedspine.errors import FederationError, FedSpineError
-from fedspine.exchange import Attendance
+from fedspine.exchange import LONGEST_REASON, Attendance, implausible
 from fedspine.flower import records
-from fedspine.flower.client_app import EVALUATE, PROBE, TRAIN
+from fedspine.flower.client_app import EVALUATE, PROBE, TRAIN, one_line
 from fedspine.flower.mail import Mail, always
 from fedspine.flower.roster import Roster, content
 from fedspine.lora.factors import off_the_wire
@@ -33,6 +34,8 @@ from fedspine.types import (
     TrainRequest,
 )
 
+T = TypeVar("T")
+Measured = TypeVar("Measured", Probe, EvaluateReply)
 KILLED = "the process that trained was killed, as the system does when memory runs out"
 
 
@@ -113,8 +116,7 @@ class GridExchange:
         contents = ((request.device, records.pack_probe_request(request)) for request in requests)
         probes: dict[int, Probe | None] = {}
         for index, reply in self._converse(contents, PROBE):
-            answer = self._needed(reply, requests[index].device, "the probe")
-            probes[index] = None if answer is None else records.unpack_probe(answer)
+            probes[index] = self._needed(reply, requests[index].device, "the probe", records.unpack_probe)
         return [probes[index] for index in range(len(requests))]
 
     def train(self, requests: Sequence[TrainRequest], on_reply: Callable[[TrainReply], None]) -> list[TrainReply]:
@@ -142,8 +144,9 @@ class GridExchange:
         contents = ((request.device, records.pack_evaluate_request(request)) for request in requests)
         replies: dict[int, EvaluateReply | None] = {}
         for index, reply in self._converse(contents, EVALUATE):
-            answer = self._needed(reply, requests[index].device, "the evaluation")
-            replies[index] = evaluated = None if answer is None else records.unpack_evaluate_reply(answer)
+            device = requests[index].device
+            answer = self._needed(reply, device, "the evaluation", records.unpack_evaluate_reply)
+            replies[index] = evaluated = None if answer is None else replace(answer, device=device)
             if evaluated is not None:
                 on_reply(evaluated)
         return [replies[index] for index in range(len(requests))]
@@ -160,21 +163,34 @@ class GridExchange:
         yield from self._mail.deliver(addressed, message_type)
 
     def _trained(self, reply: Message | str, request: TrainRequest) -> TrainReply:
-        answer = self._answer(reply)
-        if not isinstance(answer, str):
-            received = records.unpack_train_reply(answer)
-            return replace(received, arrays=off_the_wire(received.arrays))  # at once: not all of a round in two types
+        answer = self._read(reply, records.unpack_train_reply)
+        if not isinstance(answer, str):  # in float32 at once: not all of a round in two types
+            return replace(answer, device=request.device, arrays=off_the_wire(answer.arrays))
         killed = not isinstance(reply, str) and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_CRASHED
         report = Report(OUT_OF_MEMORY, message=KILLED) if killed else Report(FAILED, message=answer)
         return TrainReply(request.device, report, request.structure, {}, None)
 
-    def _needed(self, reply: Message | str, device: int, what: str) -> RecordDict | None:
-        answer = self._answer(reply)
+    def _needed(
+        self, reply: Message | str, device: int, what: str, unpack: Callable[[RecordDict], Measured]
+    ) -> Measured | None:
+        answer = self._read(reply, unpack)
         if not isinstance(answer, str):
-            return answer
+            if not (problem := implausible(answer)):
+                return answer
+            answer = problem
         if self._real:
             return None
         raise FederationError(f"device {device} did not answer {what}: {answer}")
+
+    def _read(self, reply: Message | str, unpack: Callable[[RecordDict], T]) -> T | str:
+        """What a device answered, or why there is nothing."""
+        answer = self._answer(reply)
+        if isinstance(answer, str):
+            return answer
+        try:
+            return unpack(answer)
+        except Exception as error:  # whatever a device sends must not end the run
+            return f"its answer cannot be read: {one_line(error)}"[:LONGEST_REASON]
 
     def _answer(self, reply: Message | str) -> RecordDict | str:
         try:

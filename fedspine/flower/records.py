@@ -20,7 +20,6 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from safetensors.numpy import load, save
 
 import fedspine
-from fedspine import errors
 from fedspine.config import RunConfig
 from fedspine.errors import ConfigError, FederationError, FedSpineError
 from fedspine.structure import Structure
@@ -40,6 +39,7 @@ from fedspine.types import (
 T = TypeVar("T")
 SAFETENSORS = "safetensors"
 """Name and type of the array that holds all others."""
+_ERRORS: dict[str, type[FedSpineError]] = {kind.__name__: kind for kind in FedSpineError.__subclasses__()}
 
 
 def pack_train_request(request: TrainRequest) -> RecordDict:
@@ -85,7 +85,7 @@ def unpack_train_reply(records: RecordDict) -> TrainReply:
     report = replace(
         _from_scalars(Report, _config(records, "report")),
         wall=_read_wall(records),
-        module_salience=tuple(task["module-salience"]),
+        module_salience=tuple(float(each) for each in task["module-salience"]),
     )
     return TrainReply(
         device=task["device"],
@@ -144,7 +144,11 @@ def pack_identity(device: int | str) -> RecordDict:
 
 
 def unpack_identity(records: RecordDict) -> int | str:
-    return cast(int | str, _config(records, "identity")["device"])
+    """Errors: `FederationError` when there is neither."""
+    device = _config(records, "identity").get("device") if "identity" in records else None
+    if not isinstance(device, int | str) or isinstance(device, bool):
+        raise FederationError("a device answers without its name; start it with the fedspine of the server")
+    return device
 
 
 def pack_user_error(error: FedSpineError) -> RecordDict:
@@ -164,9 +168,8 @@ def read_failure(records: RecordDict) -> str | None:
     """
     if "error" in records:
         record = _config(records, "error")
-        kind = getattr(errors, record["type"], FederationError)
-        raise kind(record["message"])
-    return _config(records, "failure")["message"] if "failure" in records else None
+        raise _ERRORS.get(str(record.get("type")), FederationError)(str(record.get("message")))
+    return str(_config(records, "failure").get("message")) if "failure" in records else None
 
 
 def _task(request: TrainRequest | ProbeRequest | EvaluateRequest) -> ConfigRecord:
@@ -214,7 +217,11 @@ def _scalars(value: Any) -> ConfigRecord:
 
 
 def _from_scalars(kind: type[T], record: dict[str, Any]) -> T:
-    return kind(**{name.replace("-", "_"): item for name, item in record.items()})
+    """Errors: `TypeError`, `KeyError` when a field is absent, unknown or of another type."""
+    values, hints = {name.replace("-", "_"): item for name, item in record.items()}, get_type_hints(kind)
+    if wrong := [name for name, item in values.items() if type(item) is not hints[name]]:
+        raise TypeError(f"{wrong[0]} = {values[wrong[0]]!r}")
+    return kind(**values)
 
 
 def _read_wall(records: RecordDict) -> dict[str, float]:
@@ -234,7 +241,10 @@ def _structure(structure: Structure) -> ConfigRecord:
 
 def _read_structure(records: RecordDict) -> Structure:
     record = _config(records, "structure")
-    return Structure(record["heads"], record["channels"], tuple(record["head-bits"]), tuple(record["channel-bits"]))
+    heads, channels = tuple(record["head-bits"]), tuple(record["channel-bits"])
+    if not all(isinstance(bits, bytes) for bits in (*heads, *channels)):
+        raise TypeError("a structure without bits")
+    return Structure(record["heads"], record["channels"], heads, channels)
 
 
 def _arrays(arrays: Mapping[str, Array]) -> ArrayRecord:

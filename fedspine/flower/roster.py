@@ -12,13 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import Message, RecordDict
 
-from fedspine.errors import FederationError
+from fedspine.errors import FederationError, FedSpineError
+from fedspine.exchange import LONGEST_REASON
 from fedspine.flower import records
 from fedspine.flower.client_app import IDENTIFY
 from fedspine.flower.mail import Mail
-
-LONGEST_REASON = 300
-"""Characters of an error that Flower or Ray reports: theirs fill a screen."""
 
 
 class Roster:
@@ -59,11 +57,17 @@ class Roster:
         contents = ((index, node, RecordDict()) for index, node in enumerate(strangers))
         reason, silent = "", True
         for index, reply in self._mail.deliver(contents, IDENTIFY):
-            answer, silent = content(reply), silent and isinstance(reply, str)
-            if isinstance(answer, str):
-                reason = answer
-            else:
-                self._identities[strangers[index]] = records.unpack_identity(answer)
+            silent = silent and isinstance(reply, str)
+            try:
+                answer = content(reply)
+                if isinstance(answer, str):
+                    reason = answer
+                else:
+                    self._identities[strangers[index]] = records.unpack_identity(answer)
+            except FedSpineError as error:
+                if starting or not self._lenient:
+                    raise
+                _leave_out(str(error))
         if not self._identities:
             if self._lenient and silent:  # at work still, for a server that was killed
                 return {}
@@ -80,7 +84,7 @@ class Roster:
             if problem := self._problem(identity, seen):
                 if starting or not self._lenient:
                     raise FederationError(problem)
-                logging.getLogger("fedspine").warning("a device that joined is left out: %s", problem)
+                _leave_out(problem)
                 del self._identities[node]  # asked again, when it is still there
                 continue
             seen[identity] = node
@@ -109,6 +113,8 @@ class Roster:
     def _problem(self, identity: int | str, seen: Mapping[int | str, int]) -> str | None:
         """Why a node with this identity cannot take part."""
         key, what = ("name", "name") if isinstance(identity, str) else ("partition-id", "number")
+        if self._numbers and not isinstance(identity, str):
+            return f"{key} = {identity}: the devices of this run have names; join with --name"
         if identity in seen:
             return f"{key} = {identity}: two SuperNodes have it; give each its own {what}"
         if isinstance(identity, str) and identity not in self._numbers:
@@ -116,6 +122,10 @@ class Roster:
         if not 0 <= self._number(identity) < self._devices:
             return f"{key} = {identity}: must be from 0 to {self._devices - 1} when devices = {self._devices}"
         return None
+
+
+def _leave_out(problem: str) -> None:
+    logging.getLogger("fedspine").warning("a device that joined is left out: %s", problem)
 
 
 def content(reply: Message | str) -> RecordDict | str:

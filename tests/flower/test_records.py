@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -103,6 +103,14 @@ def test_a_user_error_travels_as_itself() -> None:
     content = by_proto(records.pack_user_error(errors.ModelError("model = 'x': absent")))
     with pytest.raises(errors.ModelError, match="model = 'x': absent"):
         records.read_failure(content)
+
+
+@pytest.mark.parametrize("kind", ["annotations", "__name__", "FedSpineErrors"])
+def test_only_our_own_errors_are_raised_by_name(kind: str) -> None:
+    with pytest.raises(errors.FederationError, match="it"):
+        records.read_failure(RecordDict({"error": ConfigRecord({"type": kind, "message": "it"})}))
+    with pytest.raises(errors.FederationError, match="None"):
+        records.read_failure(RecordDict({"error": ConfigRecord({})}))
 
 
 def test_a_failure_travels_as_one_line() -> None:
