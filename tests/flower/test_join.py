@@ -356,9 +356,41 @@ def test_other_machines_are_devices_only(path: str, client: str, status: int) ->
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200})
 
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
     scope = {"type": "http", "path": path, "client": (client, 5), "server": ("10.0.0.1", 9092)}
-    asyncio.run(guarded(app)(scope, None, send))
+    asyncio.run(guarded(app)(scope, receive, send))
     assert sent[0]["status"] == status
+
+
+@pytest.mark.parametrize(("parts", "status"), [(20, 200), (21, 413), (10**9, 413)])
+def test_a_request_without_end_is_not_read(parts: int, status: int) -> None:
+    from fedspine.flower.guarded_superlink import LONGEST_BODY, guarded
+
+    part, sent, read = bytes(LONGEST_BODY // 20), list[Any](), list[bytes]()
+    left = parts
+
+    async def receive() -> Any:
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": part, "more_body": left > 0}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            read.append(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200})
+
+    scope = {"type": "http", "path": "/v1/fleet/push-object", "client": ("10.0.0.7", 5), "server": ("10.0.0.1", 9092)}
+    asyncio.run(guarded(app)(scope, receive, send))
+    assert sent[0]["status"] == status
+    assert len(read) == (parts if status == 200 else 0)
 
 
 def test_a_mistake_on_a_device_is_told_with_its_name() -> None:
