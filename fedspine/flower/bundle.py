@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,10 +24,18 @@ __all__ = ["app"]
 """What `server/app.py` and `clients/app.py` of this project are too."""
 
 
-def bundle(config: RunConfig, directory: Path, resume: bool, names: Iterable[str] = (), least: int = 0) -> Fab:
+def bundle(
+    config: RunConfig,
+    directory: Path,
+    resume: bool,
+    names: Iterable[str] = (),
+    least: int = 0,
+    nodes: dict[str, int] | None = None,
+) -> Fab:
     """The package with a configuration as Flower's app bundle. The run goes into `directory`, or continues there.
 
-    `names`: of all devices, where they are known; `least`: of them, that must be there at the start; 0: all.
+    `names`: of all devices, where they are known; `least`: of them, that must be there at the start; 0: all. `nodes`:
+    those that have the key of each, where devices have keys.
     """
     root = Path(fedspine.__file__).resolve().parent
     settings = {
@@ -34,7 +43,15 @@ def bundle(config: RunConfig, directory: Path, resume: bool, names: Iterable[str
         for field in dataclasses.fields(config)
         if (value := getattr(config, field.name)) != ()
     }
-    who = {key: value for key, value in (("names", ",".join(names)), ("least", least)) if value}
+    who = {
+        key: value
+        for key, value in (
+            ("names", ",".join(names)),
+            ("least", least),
+            ("nodes", json.dumps(nodes) if nodes else ""),
+        )
+        if value
+    }
     project = {
         "project": {"name": "fedspine", "version": fedspine.__version__},
         "tool": {

@@ -60,8 +60,11 @@ class Control:
             return False
         return True
 
-    def accept_only(self, keys: Mapping[str, bytes]) -> None:
-        """Register the public keys (PEM by name) that the SuperLink does not know, and forget the others."""
+    def accept_only(self, keys: Mapping[str, bytes]) -> dict[str, int]:
+        """Register the public keys (PEM by name) that the SuperLink does not know, and forget the others.
+
+        Returns the node by name.
+        """
         known = {node.public_key: node.node_id for node in self._nodes()}
         for key, node_id in known.items():
             if key not in keys.values():
@@ -69,6 +72,8 @@ class Control:
         for name, key in keys.items():
             if key not in known:
                 _asked(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name))
+        known = {node.public_key: node.node_id for node in self._nodes()}
+        return {name: known[key] for name, key in keys.items()}
 
     def online(self) -> list[str]:
         """Names of the devices that are connected; without node authentication they are numbers."""

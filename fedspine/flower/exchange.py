@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -48,7 +48,7 @@ class GridExchange:
 
     `real`: devices come and go. A probe or an evaluation that is not answered is None, and after the first round a
     person's mistake on a device fails that device only; in a simulation both are errors. `least`: of the devices, that
-    must have joined; `names`: of all devices, where they are known.
+    must have joined; `names`, `nodes`: as of `Roster`.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class GridExchange:
         real: bool = False,
         least: int | None = None,
         names: Sequence[str] = (),
+        nodes: Mapping[str, int] | None = None,
     ) -> None:
         self._devices = devices
         self._stand_in = stand_in
@@ -82,6 +83,7 @@ class GridExchange:
             least=devices if least is None else least,
             connect_seconds=connect_seconds,
             names=names,
+            nodes=nodes,
             lenient=real,
         )
         self._begun = False

@@ -1,7 +1,7 @@
 """Which device a node is. Node ids mean nothing, so a node is asked for its number or its name.
 
 Names are numbered in their order: those that the server knows beforehand, or else those of the nodes that are there at
-the start.
+the start. Where devices have keys, a node's key says whose name it may bear.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from fedspine.flower.mail import Mail
 class Roster:
     """The devices of a federation behind the nodes of a grid.
 
-    `names`: of all devices, where they are known. `least`: nodes that must have joined before the first look, within
-    `connect_seconds`. `lenient`: a node that does not fit and joins later is left out, where it is an error otherwise.
+    `names`: of all devices, where they are known. `nodes`: those that have the key of each, where devices have keys.
+    `least`: nodes that must have joined before the first look, within `connect_seconds`. `lenient`: a node that does
+    not fit and joins later is left out, where it is an error otherwise.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Roster:
         least: int,
         connect_seconds: float,
         names: Sequence[str] = (),
+        nodes: Mapping[str, int] | None = None,
         lenient: bool = False,
     ) -> None:
         self._mail = mail
@@ -42,6 +44,7 @@ class Roster:
         self._connect_seconds = connect_seconds
         self._lenient = lenient
         self._numbers = {name: number for number, name in enumerate(names)}
+        self._owners = {node: name for name, node in (nodes or {}).items()}
         self._identities: dict[int, int | str] = {}
 
     def connected(self) -> dict[int, int]:
@@ -81,7 +84,7 @@ class Roster:
         for node, identity in list(self._identities.items()):  # the longest known first
             if node not in present:
                 continue
-            if problem := self._problem(identity, seen):
+            if problem := self._problem(node, identity, seen):
                 if starting or not self._lenient:
                     raise FederationError(problem)
                 _leave_out(problem)
@@ -110,9 +113,13 @@ class Roster:
     def _number(self, identity: int | str) -> int:
         return self._numbers[identity] if isinstance(identity, str) else identity
 
-    def _problem(self, identity: int | str, seen: Mapping[int | str, int]) -> str | None:
+    def _problem(self, node: int, identity: int | str, seen: Mapping[int | str, int]) -> str | None:
         """Why a node with this identity cannot take part."""
         key, what = ("name", "name") if isinstance(identity, str) else ("partition-id", "number")
+        if self._owners and identity != (owner := self._owners.get(node)):
+            return (
+                f"{key} = {identity}: this device has the key of {owner}; join as {owner}, or with {identity}'s own key"
+            )
         if self._numbers and not isinstance(identity, str):
             return f"{key} = {identity}: the devices of this run have names; join with --name"
         if identity in seen:

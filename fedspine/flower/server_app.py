@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from flwr.app import Context
@@ -11,7 +12,7 @@ from fedspine.config import RunConfig
 from fedspine.flower.exchange import GridExchange
 
 WHERE = ("directory", "resume")
-WHO = ("names", "least")
+WHO = ("names", "least", "nodes")
 """What `fedspine serve` adds to the keys of the run: for its files, and of its devices."""
 
 
@@ -41,6 +42,7 @@ def make_server_app(
             real=True,
             least=int(who.get("least", config.devices)),
             names=str(who["names"]).split(",") if "names" in who else (),
+            nodes=json.loads(str(who.get("nodes", "{}"))),
         )
         run(config, exchange, **where)
 

@@ -90,10 +90,9 @@ def serve(
 
             _await_start(control, check_alive, log)
             control.stop_all()
-            if keys:
-                control.accept_only(keys)
+            nodes = control.accept_only(keys) if keys else {}
             _await_devices(control, least or config.devices, config.devices, keys, check_answering, tell)
-            run = control.start(bundle(config, directory.absolute(), resume, keys, least))
+            run = control.start(bundle(config, directory.absolute(), resume, keys, least, nodes))
             _follow(control, run, directory, lambda record: tell(_line(record, config, list(keys))), check_answering)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 import ssl
 import threading
 import time
+import tomllib
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.supercore.fab import Fab
 
 from fedspine import client_round
 from fedspine.certificates import make_certificates
@@ -31,6 +36,7 @@ from fedspine.flower.engines import run_federation
 from fedspine.flower.exchange import GridExchange
 from fedspine.flower.inline import InlineGrid
 from fedspine.flower.node import Node
+from fedspine.flower.server_app import make_server_app
 from fedspine.health import last_answer_seconds
 from fedspine.run_directory import resumed_config
 from fedspine.simulation import run_server, simulate
@@ -287,22 +293,35 @@ def test_the_apps_of_the_checkout_are_those_of_the_bundle() -> None:
         assert text.partition("\n\n")[2] == COMPONENT.format(name=name)
 
 
-def test_the_bundle_holds_the_package_and_the_configuration(tmp_path: Path) -> None:
-    import io
-    import tomllib
-    import zipfile
+def settings_of(fab: Fab) -> dict[str, Any]:
+    with zipfile.ZipFile(io.BytesIO(fab.content)) as archive:
+        project = tomllib.loads(archive.read("pyproject.toml").decode())
+    values: dict[str, Any] = project["tool"]["flwr"]["app"]["config"]
+    return values
 
+
+def test_the_bundle_holds_the_package_and_the_configuration(tmp_path: Path) -> None:
     from fedspine.flower.bundle import bundle
 
     config = RunConfig(classes=("a", "b"), rounds=3)
     fab = bundle(config, tmp_path, resume=False)
     with zipfile.ZipFile(io.BytesIO(fab.content)) as archive:
         files = set(archive.namelist())
-        values = tomllib.loads(archive.read("pyproject.toml").decode())["tool"]["flwr"]["app"]["config"]
+    values = settings_of(fab)
     assert {"fedspine/federation.py", "server/app.py", "clients/app.py"} <= files
     assert (values.pop("directory"), values.pop("resume")) == (str(tmp_path), False)
     assert RunConfig.from_values(values) == config
     assert json.dumps(values)
+
+
+def test_the_server_of_a_deployment_knows_the_key_of_a_node() -> None:
+    from fedspine.flower.bundle import bundle
+
+    fab = bundle(RunConfig(devices=2, sampled=2), Path("run"), False, ("a", "b"), 1, {"a": 2**63 + 1, "b": 7})
+    seen: list[Any] = []
+    app = make_server_app(lambda _, exchange, **where: seen.append(exchange._roster))
+    app(InlineGrid(named("a")._client_app, 2), Context(1, 1, {}, RecordDict(), settings_of(fab)))
+    assert (seen[0]._numbers, seen[0]._owners) == ({"a": 0, "b": 1}, {2**63 + 1: "a", 7: "b"})
 
 
 def test_the_server_of_a_deployment_continues_a_run(config: RunConfig, tmp_path: Path) -> None:

@@ -124,6 +124,24 @@ def test_a_named_device_may_come_later_and_a_stranger_is_left_out() -> None:
     assert over._roster.connected() == {second: 2, double: 1}
 
 
+def test_a_device_cannot_take_the_name_of_another() -> None:
+    grid = Network(4)
+    for context, name in zip(grid._contexts.values(), ("a", "a", "a", "c"), strict=True):
+        context.node_config = {"name": name}
+    false, first, number, third = grid._contexts
+    grid._contexts[number].node_config = {"partition-id": 0}
+    nodes = {"a": first, "b": false, "c": third, "d": number}
+    with pytest.raises(FederationError, match="name = a: this device has the key of b; join as b, or with a's own key"):
+        exchange(grid, 4, names=tuple("abcd"), nodes=nodes).attendance(1)
+    grid.gone = {false, number}
+    over = exchange(grid, 4, names=tuple("abcd"), nodes=nodes, least=2)
+    assert over.attendance(2) == Attendance(frozenset({1, 3}))
+    grid.gone.clear()
+    assert over._roster.connected() == {first: 0, third: 2}
+    grid.gone = {first}
+    assert over._roster.connected() == {third: 2}
+
+
 def test_a_late_node_that_does_not_say_who_it_is_is_left_out() -> None:
     grid = Network(4)
     first, second, *late = grid._contexts
