@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from fedspine.config import RunConfig, load_config
 from fedspine.errors import CheckpointError
+from fedspine.report.records import write_atomically
+
+DEVICES = "devices.json"
+"""Names of a deployment's devices, in the order of their numbers."""
 
 
 def free_directory(out: str | Path | None, name: str, resumable: bool = True) -> Path:
@@ -34,6 +40,34 @@ def resumed_config(directory: Path) -> RunConfig:
     if not (directory / "config.toml").is_file():
         raise CheckpointError(f"--resume {directory}: it holds no config.toml, so it is no run directory")
     return load_config(directory / "config.toml", {})
+
+
+def write_names(directory: Path, names: Iterable[str]) -> None:
+    """Of a run's devices, by number."""
+    write_atomically(directory / DEVICES, (json.dumps(list(names)) + "\n").encode())
+
+
+def first_names(directory: Path, names: Sequence[str]) -> list[str]:
+    """Of a run's devices, by number, as they were when it began; `names` where nothing was written yet.
+
+    `names`: those of now, in any order; none where they are not known.
+    Errors: `CheckpointError` when these are others.
+    """
+    path = directory / DEVICES
+    if not path.is_file():
+        return list(names)
+    try:
+        first: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): it was edited; restore it") from None
+    gone, new = sorted(set(first) - set(names)), sorted(set(names) - set(first))
+    if names and (gone or new):
+        raise CheckpointError(
+            f"--resume {directory}: the run began with the devices {', '.join(first)}; missing now: "
+            f"{', '.join(gone) or 'none'}; new: {', '.join(new) or 'none'}; let --certificates hold a NAME.pub of each "
+            "that it began with, and no other, or start a new run with --out"
+        )
+    return first
 
 
 def _existing_parent(path: Path) -> Path:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
@@ -48,7 +49,7 @@ class GridExchange:
 
     `real`: devices come and go. A probe or an evaluation that is not answered is None, and after the first round a
     person's mistake on a device fails that device only; in a simulation both are errors. `least`: of the devices, that
-    must have joined; `names`, `nodes`: as of `Roster`.
+    must have joined; `names`, `nodes`, `directory`: as of `Roster`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class GridExchange:
         least: int | None = None,
         names: Sequence[str] = (),
         nodes: Mapping[str, int] | None = None,
+        directory: Path | None = None,
     ) -> None:
         self._devices = devices
         self._stand_in = stand_in
@@ -84,6 +86,7 @@ class GridExchange:
             connect_seconds=connect_seconds,
             names=names,
             nodes=nodes,
+            directory=directory,
             lenient=real,
         )
         self._begun = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from flwr.app import Message, RecordDict
 
@@ -17,6 +18,7 @@ from fedspine.exchange import LONGEST_REASON
 from fedspine.flower import records
 from fedspine.flower.client_app import IDENTIFY
 from fedspine.flower.mail import Mail
+from fedspine.run_directory import first_names, write_names
 
 
 class Roster:
@@ -24,7 +26,8 @@ class Roster:
 
     `names`: of all devices, where they are known. `nodes`: those that have the key of each, where devices have keys.
     `least`: nodes that must have joined before the first look, within `connect_seconds`. `lenient`: a node that does
-    not fit and joins later is left out, where it is an error otherwise.
+    not fit and joins later is left out, where it is an error otherwise. `directory`: of the run, which keeps the names:
+    when it is continued they have the numbers of before.
     """
 
     def __init__(
@@ -37,12 +40,15 @@ class Roster:
         names: Sequence[str] = (),
         nodes: Mapping[str, int] | None = None,
         lenient: bool = False,
+        directory: Path | None = None,
     ) -> None:
         self._mail = mail
         self._devices = devices
         self._least = least
         self._connect_seconds = connect_seconds
         self._lenient = lenient
+        self._directory = directory
+        names = first_names(directory, names) if directory else names
         self._numbers = {name: number for number, name in enumerate(names)}
         self._owners = {node: name for name, node in (nodes or {}).items()}
         self._identities: dict[int, int | str] = {}
@@ -91,6 +97,8 @@ class Roster:
                 del self._identities[node]  # asked again, when it is still there
                 continue
             seen[identity] = node
+        if starting and self._directory and self._numbers:
+            write_names(self._directory, self._numbers)
         return {node: self._number(identity) for identity, node in seen.items()}
 
     def devices_of(self, nodes: Iterable[int]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -43,6 +44,7 @@ def make_server_app(
             least=int(who.get("least", config.devices)),
             names=str(who["names"]).split(",") if "names" in who else (),
             nodes=json.loads(str(who.get("nodes", "{}"))),
+            directory=Path(str(where["directory"])) if "directory" in where else None,
         )
         run(config, exchange, **where)
 

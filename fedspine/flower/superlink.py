@@ -26,6 +26,7 @@ from fedspine.flower.control import Control
 from fedspine.health import answered, fresh_state
 from fedspine.processes import program, terminable
 from fedspine.report.records import read_records
+from fedspine.run_directory import first_names
 from fedspine.types import TRAINED, RoundRecord
 
 START_SECONDS = 60.0
@@ -55,11 +56,12 @@ def serve(
     continue the run in `directory`. `least`: devices to wait for; the others may join later; 0: all. `tell` hears what
     happens, line by line.
 
-    Errors: `ConfigError`, `CertificateError` before anything starts; `FederationError` when the SuperLink or the run
-    fails.
+    Errors: `ConfigError`, `CertificateError`, `CheckpointError` before anything starts; `FederationError` when the
+    SuperLink or the run fails.
     """
     check_deployable(config)
     keys = public_keys(certificates) if certificates else {}
+    names = first_names(directory, list(keys)) if resume else list(keys)
     if certificates and len(keys) != config.devices:
         raise ConfigError(
             f"devices = {config.devices}: {certificates} holds the keys of {len(keys)} ({', '.join(keys)}); "
@@ -92,8 +94,8 @@ def serve(
             control.stop_all()
             nodes = control.accept_only(keys) if keys else {}
             _await_devices(control, least or config.devices, config.devices, keys, check_answering, tell)
-            run = control.start(bundle(config, directory.absolute(), resume, keys, least, nodes))
-            _follow(control, run, directory, lambda record: tell(_line(record, config, list(keys))), check_answering)
+            run = control.start(bundle(config, directory.absolute(), resume, names, least, nodes))
+            _follow(control, run, directory, lambda record: tell(_line(record, config, names)), check_answering)
 
 
 def superlink_command(certificates: Path | None, host: str, port: int, state: Path) -> list[str]:

@@ -28,7 +28,7 @@ from fedspine.cli import main
 from fedspine.config import RunConfig
 from fedspine.data.prepared import prepare
 from fedspine.devices.measured import LINK_VARIABLE, Link, MeasuredMeter, read_link, write_link
-from fedspine.errors import ConfigError, DataError, FederationError, ModelError
+from fedspine.errors import CheckpointError, ConfigError, DataError, FederationError, ModelError
 from fedspine.federation import Exchange
 from fedspine.flower import timed_supernode
 from fedspine.flower.client_app import make_client_app
@@ -38,7 +38,7 @@ from fedspine.flower.inline import InlineGrid
 from fedspine.flower.node import Node
 from fedspine.flower.server_app import make_server_app
 from fedspine.health import last_answer_seconds
-from fedspine.run_directory import resumed_config
+from fedspine.run_directory import DEVICES, resumed_config, write_names
 from fedspine.simulation import run_server, simulate
 from fedspine.structure import Structure
 from fedspine.types import TRAINED, Action, ProbeRequest, TrainRequest
@@ -322,6 +322,31 @@ def test_the_server_of_a_deployment_knows_the_key_of_a_node() -> None:
     app = make_server_app(lambda _, exchange, **where: seen.append(exchange._roster))
     app(InlineGrid(named("a")._client_app, 2), Context(1, 1, {}, RecordDict(), settings_of(fab)))
     assert (seen[0]._numbers, seen[0]._owners) == ({"a": 0, "b": 1}, {2**63 + 1: "a", 7: "b"})
+
+
+def test_a_run_that_goes_on_keeps_the_numbers_of_its_devices(tmp_path: Path) -> None:
+    GridExchange(named("c", "b"), 2, directory=tmp_path).probe([])
+    assert GridExchange(named("c", "b"), 2, directory=tmp_path)._roster._numbers == {"b": 0, "c": 1}
+    with pytest.raises(FederationError, match="name = a: the run began with b, c; join as one of them"):
+        GridExchange(named("a", "b"), 2, directory=tmp_path).probe([])
+    with pytest.raises(
+        CheckpointError, match="began with the devices b, c; missing now: c; new: a; let --certificates"
+    ):
+        GridExchange(named("a", "b"), 2, names=("a", "b"), directory=tmp_path)
+    (tmp_path / DEVICES).write_text("[")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        GridExchange(named("a", "b"), 2, directory=tmp_path)
+
+
+def test_serve_refuses_to_go_on_with_other_devices(
+    certificates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_bytes(RunConfig(devices=2, sampled=2).to_toml().encode())
+    write_names(run, ["b", "c"])
+    place = ["--certificates", str(certificates), "--state", str(tmp_path / "state")]
+    refused(capsys, ["serve", "--resume", str(run), *place], "began with the devices b, c; missing now: c; new: a;")
 
 
 def test_the_server_of_a_deployment_continues_a_run(config: RunConfig, tmp_path: Path) -> None:
