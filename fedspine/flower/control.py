@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,16 @@ Reply = TypeVar("Reply")
 
 ONLINE, UNREGISTERED, FINISHED, COMPLETED = "online", "unregistered", "finished", "completed"
 """Words of Flower's, for nodes and runs."""
+TIMEOUT_SECONDS = 90.0
+"""Of a request. The SuperLink may wait a minute for its database (`guarded_superlink`)."""
+PATIENCE_SECONDS = 300.0
+"""That questions may go unanswered while the SuperLink lives."""
+AGAIN_SECONDS = 2.0
+"""From a question that was not answered to the next."""
+
+
+class Unanswered(FederationError):
+    """The SuperLink is gone, too slow, or cannot do what it should."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +54,24 @@ class RunState:
 
 
 class Control:
-    """The control interface of a SuperLink at HOST:PORT; without an `authority` it is spoken to in plain text."""
+    """The control interface of a SuperLink at HOST:PORT; without an `authority` it is spoken to in plain text.
 
-    def __init__(self, address: str, authority: Path | None) -> None:
-        self._client = ControlHttpClient.from_server_address(
-            address,
-            insecure=authority is None,
-            root_certificates=str(authority) if authority else None,
+    A question that is not answered is put again for some minutes. `check_alive` raises when the SuperLink has ended.
+    """
+
+    def __init__(self, address: str, authority: Path | None, check_alive: Callable[[], None]) -> None:
+        self._check_alive = check_alive
+        self._client = ControlHttpClient(
+            f"{'https' if authority else 'http'}://{address}",
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+            verify=str(authority) if authority else False,
+            timeout=TIMEOUT_SECONDS,
         )
 
     def answers(self) -> bool:
         try:
-            self._client.ListNodes(ListNodesRequest())
-        except httpx.TransportError:
+            _asked(self._client.ListNodes, ListNodesRequest())
+        except Unanswered:
             return False
         return True
 
@@ -87,29 +102,42 @@ class Control:
         return int(reply.run_id)
 
     def state(self, run: int) -> RunState:
-        status = _asked(self._client.ListRuns, ListRunsRequest(run_id=run)).run_dict[run].status
+        status = self._patiently(self._client.ListRuns, ListRunsRequest(run_id=run)).run_dict[run].status
         return RunState(status.status == FINISHED, status.sub_status == COMPLETED, status.details)
 
     def stop_all(self) -> None:
         """Stop the runs that an earlier SuperLink left behind."""
-        for run, about in _asked(self._client.ListRuns, ListRunsRequest()).run_dict.items():
+        for run, about in self._patiently(self._client.ListRuns, ListRunsRequest()).run_dict.items():
             if about.status.status != FINISHED:
                 _asked(self._client.StopRun, StopRunRequest(run_id=run))
 
     def _nodes(self) -> list[NodeInfo]:
-        nodes = _asked(self._client.ListNodes, ListNodesRequest()).nodes_info
+        nodes = self._patiently(self._client.ListNodes, ListNodesRequest()).nodes_info
         return [node for node in nodes if node.status != UNREGISTERED]
+
+    def _patiently(self, method: Callable[[Request], Reply], question: Request) -> Reply:
+        """The answer to a question that changes nothing. Errors: `FederationError` when none comes."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return _asked(method, question)
+            except Unanswered:
+                self._check_alive()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(AGAIN_SECONDS)
 
     def close(self) -> None:
         self._client.close()
 
 
 def _asked(method: Callable[[Request], Reply], request: Request) -> Reply:
-    """The reply of the SuperLink. Errors: `FederationError` when it refuses, or is gone."""
+    """The reply of the SuperLink. Errors: `FederationError` when it refuses, `Unanswered` when there is none."""
     try:
         return method(request)
     except httpx.HTTPStatusError as error:
         refusal = FlowerError.from_json(error.response.text)
-        raise FederationError(f"the SuperLink refused: {refusal.message if refusal else error}") from None
+        kind = Unanswered if error.response.is_server_error else FederationError
+        raise kind(f"the SuperLink refused: {refusal.message if refusal else error}") from None
     except httpx.TransportError as error:
-        raise FederationError(f"the SuperLink does not answer any more: {error}") from None
+        raise Unanswered(f"the SuperLink does not answer any more: {error}") from None

@@ -80,16 +80,16 @@ def serve(
     tell(f"its log: {log}")
     with terminable(), open(log, "a", encoding="utf-8") as output, _superlink(command, state, output) as process:
         local = f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
-        with closing(Control(local, certificates / AUTHORITY if certificates else None)) as control:
 
-            def check_alive() -> None:
-                if process.poll() is not None:
-                    raise FederationError(f"the SuperLink ended: {last_lines(log.read_text(encoding='utf-8'))}")
+        def check_alive() -> None:
+            if process.poll() is not None:
+                raise FederationError(f"the SuperLink ended: {last_lines(log.read_text(encoding='utf-8'))}")
 
-            def check_answering() -> None:
-                check_alive()
-                answered(state)
+        def check_answering() -> None:
+            check_alive()
+            answered(state)
 
+        with closing(Control(local, certificates / AUTHORITY if certificates else None, check_alive)) as control:
             _await_start(control, check_alive, log)
             control.stop_all()
             nodes = control.accept_only(keys) if keys else {}
@@ -196,8 +196,8 @@ def _follow(
     """Tell every round when it is done. Errors: `FederationError` with the reason why the run failed."""
     told = len(read_records(directory / "rounds.jsonl"))
     while True:
-        check_answering()
         state = control.state(run)
+        check_answering()
         for record in (records := read_records(directory / "rounds.jsonl"))[told:]:
             tell(record)
         told = len(records)

@@ -12,14 +12,17 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.fab import Fab
 
 from fedspine import client_round
@@ -30,7 +33,7 @@ from fedspine.data.prepared import prepare
 from fedspine.devices.measured import LINK_VARIABLE, Link, MeasuredMeter, read_link, write_link
 from fedspine.errors import CheckpointError, ConfigError, DataError, FederationError, ModelError
 from fedspine.federation import Exchange
-from fedspine.flower import timed_supernode
+from fedspine.flower import control, timed_supernode
 from fedspine.flower.client_app import make_client_app
 from fedspine.flower.engines import run_federation
 from fedspine.flower.exchange import GridExchange
@@ -435,6 +438,54 @@ def test_a_request_without_end_is_not_read(parts: int, status: int) -> None:
     asyncio.run(guarded(app)(scope, receive, send))
     assert sent[0]["status"] == status
     assert len(read) == (parts if status == 200 else 0)
+
+
+class Stalled:
+    """A SuperLink's interface whose first answers are late, or errors of the server."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        self.errors = errors
+
+    def ListNodes(self, request: ListNodesRequest) -> ListNodesResponse:
+        if self.errors:
+            raise self.errors.pop(0)
+        return ListNodesResponse(nodes_info=[NodeInfo(node_id=7, status="online", name="a")])
+
+
+def test_a_slow_answer_of_the_superlink_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "AGAIN_SECONDS", 0.0)
+    question = httpx.Request("POST", "http://127.0.0.1")
+    locked = httpx.HTTPStatusError("locked", request=question, response=httpx.Response(500, request=question))
+    refusal = httpx.HTTPStatusError("no", request=question, response=httpx.Response(403, request=question))
+    ended: list[FederationError] = []
+
+    def check_alive() -> None:
+        if ended:
+            raise ended[0]
+
+    def online(*errors: Exception) -> list[str]:
+        with closing(control.Control("127.0.0.1:1", None, check_alive)) as asked:
+            monkeypatch.setattr(asked, "_client", Stalled([*errors]))
+            return asked.online()
+
+    monkeypatch.setattr(Stalled, "close", lambda _: None, raising=False)
+    assert online(httpx.ReadTimeout("slow"), locked, httpx.ReadError("cut")) == ["a"]
+    with pytest.raises(FederationError, match="the SuperLink refused: no"):
+        online(refusal)
+    ended.append(FederationError("the SuperLink ended"))
+    with pytest.raises(FederationError, match="the SuperLink ended"):
+        online(httpx.ReadTimeout("slow"))
+    ended.clear()
+    monkeypatch.setattr(control, "PATIENCE_SECONDS", -1.0)
+    with pytest.raises(FederationError, match="does not answer any more: slow"):
+        online(httpx.ReadTimeout("slow"))
+
+
+def test_a_question_waits_longer_than_the_database() -> None:
+    from fedspine.flower.guarded_superlink import LOCKED_MILLISECONDS
+
+    with closing(control.Control("127.0.0.1:1", None, lambda: None)) as asked:
+        assert (asked._client._client.timeout.read or 0) * 1000 > LOCKED_MILLISECONDS
 
 
 def test_a_mistake_on_a_device_is_told_with_its_name() -> None:
