@@ -21,11 +21,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from flwr.cli.install import install_from_fab
+from flwr.proto.task_pb2 import Task
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.exit.exit_handler import SIGNAL_TO_EXIT_CODE, trigger_exit_handlers
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
+from flwr.supercore.superexec.plugin import AutoExecPlugin
 from flwr.supercore.tls import validate_and_resolve_root_certificates
 from flwr.supernode.runtime import run_clientapp
 
@@ -44,17 +46,21 @@ MOMENT_SECONDS = 3.0
 
 
 class ResidentExecutor(SubprocessExecutor):
-    """Hands a message to the process that answered the one before."""
+    """Hands a message to the process that answered the one before, if that was of the same run."""
+
+    run = 0
+    """That the next message is of."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(LIBRARIES))
         forkserver.ensure_running()
         self._messages: Connection | None = None
-        self._app: str | None = None
-        """Hash of the code that the process has."""
+        self._served = 0
+        """The run whose code, rows and model the process has."""
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
+        """Errors: `OSError`, `EOFError` when no process can be started; Flower lets the SuperExec end then."""
         options = {
             "runtime_api_address": spec.runtime_api_address,
             "token": spec.token,
@@ -62,10 +68,15 @@ class ResidentExecutor(SubprocessExecutor):
             "certificates": validate_and_resolve_root_certificates(spec.root_certificates_path, spec.insecure),
             "runtime_dependency_install": spec.runtime_dependency_install,
         }
-        known = spec.fab_hash and self._app == spec.fab_hash
-        if self._messages is None or not known or not _waits(self._messages):
-            self._messages, self._app = self._process(), spec.fab_hash
-        self._messages.send(options)
+        messages = self._messages
+        try:
+            if messages is None or self._served != self.run or not _waits(messages):
+                messages = self._process()
+            messages.send(options)
+        except (EOFError, OSError):  # the process died since it answered, or that which it is forked from
+            messages = self._process()
+            messages.send(options)
+        self._messages, self._served = messages, self.run
         return LaunchResult.accepted()
 
     def _process(self) -> Connection:
@@ -76,6 +87,16 @@ class ResidentExecutor(SubprocessExecutor):
         self._context.Process(target=attend, args=(theirs, os.getpid()), daemon=True).start()
         theirs.close()
         return ours
+
+
+class RunPlugin(AutoExecPlugin):
+    """Flower's tells the executor which code to run, but two runs can have the same: one that was resumed."""
+
+    executor: ResidentExecutor
+
+    def launch_task(self, token: str, task: Task) -> LaunchResult:
+        self.executor.run = task.run_id
+        return super().launch_task(token, task)
 
 
 def _waits(messages: Connection) -> bool:
@@ -123,4 +144,5 @@ def main() -> None:
     # To look for a GPU must not start CUDA: a forked process could not use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     vars(run_superexec)["get_executor"] = lambda *_, **__: ResidentExecutor()
+    vars(run_superexec)["AutoExecPlugin"] = RunPlugin
     flower_superexec()

@@ -7,9 +7,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
 from flwr.supercore.exit.exit_handler import add_exit_handler
-from flwr.supercore.superexec.executor import ExecutionSpec
 
 from fedspine.flower import superexec
 
@@ -17,19 +17,23 @@ from fedspine.flower import superexec
 class Executor(superexec.ResidentExecutor):
     """With pipes in place of processes; `ends` are those of the processes."""
 
-    def __init__(self) -> None:
-        self._messages, self._app = None, None
+    def __init__(self, failures: int = 0) -> None:
+        self._messages, self._served = None, 0
         self.ends: list[Connection] = []
+        self.failures = failures
 
     def _process(self) -> Connection:
+        if self.failures:
+            self.failures -= 1
+            raise EOFError
         ours, theirs = Pipe()
         self.ends.append(theirs)
         return ours
 
-    def give(self, app: str | None) -> dict[str, Any]:
+    def give(self, run: int = 1) -> dict[str, Any]:
         """What the newest process is sent."""
-        spec = ExecutionSpec(TaskType.CLIENT_APP, "127.0.0.1:1", "token", True, None, False, 1, False, 1, app)
-        self.launch(spec)
+        plugin = superexec.RunPlugin("127.0.0.1:1", True, None, executor=self)
+        plugin.launch_task("token", Task(task_id=1, run_id=run, type=TaskType.CLIENT_APP, fab_hash="same"))
         received: dict[str, Any] = self.ends[-1].recv()
         return received
 
@@ -42,22 +46,30 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_answers_one_message_after_the_other() -> None:
     executor = Executor()
     for _ in range(3):
-        sent = executor.give("run")
+        sent = executor.give()
         assert (sent["runtime_api_address"], sent["token"], sent["insecure"]) == ("127.0.0.1:1", "token", True)
         executor.ends[-1].send(None)
     assert len(executor.ends) == 1
 
 
-@pytest.mark.parametrize("case", ["at work", "dead", "another app", "unknown app"])
+@pytest.mark.parametrize("case", ["at work", "dead", "dead since it answered", "another run"])
 def test_another_process_takes_over(case: str) -> None:
     executor = Executor()
-    executor.give("run")
-    if case == "dead":
-        executor.ends[-1].close()
-    elif case != "at work":
+    executor.give()
+    if case not in ("at work", "dead"):
         executor.ends[-1].send(None)
-    executor.give({"another app": "other", "unknown app": None}.get(case, "run"))
+    if case.startswith("dead"):
+        executor.ends[-1].close()
+    executor.give(run=2 if case == "another run" else 1)
     assert len(executor.ends) == 2
+
+
+def test_a_process_that_cannot_be_started_is_tried_once_more() -> None:
+    executor = Executor(failures=1)
+    executor.give()
+    assert len(executor.ends) == 1
+    with pytest.raises(EOFError):
+        Executor(failures=2).give()
 
 
 def test_after_a_message_flower_tidies_up_and_the_process_stays() -> None:
