@@ -5,24 +5,27 @@ What a device sends and receives passes through the SuperNode, before and after 
 can it be timed. Waiting is not counted: a SuperNode asks for messages every three seconds.
 
 It also shows itself more often than Flower's, so that the server knows sooner when it died, has more patience with the
-processes of its messages, and starts them by a SuperExec of its own (`superexec`).
+processes of its messages, and starts them by a SuperExec of its own (`superexec`), with which it ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
-from flwr.supercore import heartbeat
+from flwr.supercore import heartbeat, log
 from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supercore.exit import add_exit_handler
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_connection import http_request_response
@@ -37,6 +40,8 @@ HEARTBEAT_SECONDS = 15
 """Flower takes a device for gone when it has not been heard of for twice as long."""
 START_SECONDS = 600
 """That the process for a message may need to start."""
+STOP_SECONDS = 2.0
+"""For a SuperNode to begin to end, when it was stopped together with its SuperExec."""
 
 
 class PatientState(InMemoryNodeState):
@@ -130,6 +135,21 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
         yield node_id, next_message, timed_send, get_run, timed_get_fab, timed_pull, timed_push, timed_confirm
 
 
+def end_with(superexec: subprocess.Popen[bytes]) -> None:
+    """End this SuperNode in order when its SuperExec has ended, which answers no more messages: so the server hears
+    of it, and `fedspine join` starts another."""
+    stopping = threading.Event()
+    add_exit_handler(stopping.set, run_before_force_exit=True)
+
+    def watch() -> None:
+        status = superexec.wait()
+        if not stopping.wait(STOP_SECONDS):
+            log(ERROR, "The SuperExec ended (exit status %d): the SuperNode ends with it.", status)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
     vars(start_client_internal)["http_request_response"] = timed_connection
     vars(nodestate_factory)["InMemoryNodeState"] = PatientState
@@ -138,5 +158,5 @@ if __name__ == "__main__":
     start_parent_process_monitor(os.getppid())  # a `fedspine join` that was killed must not stay joined
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
-    subprocess.Popen(superexec_command(parser.parse_known_args()[0].port))
+    end_with(subprocess.Popen(superexec_command(parser.parse_known_args()[0].port)))
     flower_supernode()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -9,9 +13,9 @@ from typing import Any
 import pytest
 from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
-from flwr.supercore.exit.exit_handler import add_exit_handler
+from flwr.supercore.exit.exit_handler import add_exit_handler, trigger_exit_handlers
 
-from fedspine.flower import superexec
+from fedspine.flower import superexec, timed_supernode
 
 
 class Executor(superexec.ResidentExecutor):
@@ -79,3 +83,15 @@ def test_after_a_message_flower_tidies_up_and_the_process_stays() -> None:
     for _ in range(2):
         superexec._leave(0, event_type=None)
     assert done == ["first", "last"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_supernode_ends_with_its_superexec(monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    monkeypatch.setattr(timed_supernode, "STOP_SECONDS", 0.5)
+    signals: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda _, number: signals.append(number))
+    timed_supernode.end_with(subprocess.Popen(["true"]))
+    if stopped:
+        trigger_exit_handlers(run_before_force_exit=True)
+    time.sleep(1)
+    assert signals == ([] if stopped else [signal.SIGTERM])
