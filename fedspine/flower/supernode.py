@@ -30,6 +30,8 @@ CONNECT_SECONDS = 10.0
 KEPT_LINES = 40
 NOT_ACTIVATED = "Failed to activate SuperNode"
 """What Flower says of a key that is unknown, or in use."""
+NOT_CONNECTED = "Failed to initialize the connection"
+"""What Flower says when it gives up: it retries what it takes for the network, but not a TLS handshake that is late."""
 LAST_SECONDS = 2.0
 """For what a SuperNode that ended has printed."""
 ACTIVATED = "SuperNode ID: "
@@ -68,30 +70,43 @@ def join(device: Device, tell: Callable[[str], None]) -> None:
     tell(shlex.join(command))
     said: deque[str] = deque(maxlen=KEPT_LINES)
     joined = device.state / "joined"
-    patience = time.monotonic() + (REJOIN_SECONDS if joined.exists() else 0.0)
+    connected = False
+    refused_at: float | None = None
     with terminable():
         while True:
-            if _run_supernode(command, environment, said, joined, tell) == 0:
+            status, accepted = _run_supernode(command, environment, said, joined, tell)
+            connected |= accepted
+            text = "".join(said)
+            if not accepted and NOT_ACTIVATED in text:
+                refused_at = refused_at or time.monotonic()
+                if not joined.exists() or time.monotonic() - refused_at > REJOIN_SECONDS:
+                    raise FederationError(_reason(device, text))
+                tell(f"{device.name} is refused; the server may hold it for connected still: trying again")
+            elif accepted and status == 0:
                 # What Flower does when the server has forgotten the key; if so, the next attempt says it.
                 tell(f"{device.name} lost the server, or was stopped by another program: joining again")
-            elif NOT_ACTIVATED not in "".join(said) or time.monotonic() > patience:
-                raise FederationError(_reason(device, "".join(said)))
+                refused_at = None
+            elif connected and NOT_CONNECTED in text:
+                tell(f"{device.name} cannot reach the server: trying again")
+                refused_at = None
             else:
-                tell(f"{device.name} was killed here a moment ago, and the server holds it still: trying again")
+                raise FederationError(_reason(device, text))
             time.sleep(POLL_SECONDS)
 
 
 def _run_supernode(
     command: list[str], environment: dict[str, str], said: deque[str], joined: Path, tell: Callable[[str], None]
-) -> int:
-    """Its exit status; `joined` is a file that is there while the server knows the device."""
+) -> tuple[int, bool]:
+    """Its exit status, and whether the server accepted it; then the file `joined` is there from now on."""
     said.clear()
+    accepted = threading.Event()
     with program(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
 
         def repeat() -> None:
             with suppress(ValueError):  # closed: the device was stopped
                 for line in process.stdout or ():
                     if ACTIVATED in line:
+                        accepted.set()
                         joined.touch()
                     said.append(line)
                     tell(line.rstrip())
@@ -101,7 +116,7 @@ def _run_supernode(
         reader.start()
         return_code = process.wait()
         reader.join(timeout=LAST_SECONDS)
-    return return_code
+    return return_code, accepted.is_set()
 
 
 def supernode_command(device: Device) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from flwr.supercore import heartbeat, log
 from flwr.supercore.app_utils import start_parent_process_monitor
-from flwr.supercore.exit import add_exit_handler
+from flwr.supercore.exit import ExitCode, add_exit_handler, flwr_exit
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_connection import http_request_response
@@ -159,4 +159,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     end_with(subprocess.Popen(superexec_command(parser.parse_known_args()[0].port)))
-    flower_supernode()
+    flower_supernode()  # returns after an error in a connection that was there; its Runtime API would run on
+    flwr_exit(ExitCode.SUCCESS, "The connection to the SuperLink is lost.")

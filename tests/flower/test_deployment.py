@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.proto.fleet_pb2 import ActivateNodeResponse
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from safetensors.numpy import load_file
 
 from fedspine.certificates import make_certificates
+from fedspine.devices.measured import LINK_VARIABLE
+from fedspine.flower.superlink import flower_environment
+from fedspine.flower.supernode import Device, supernode_command
+from fedspine.processes import program
 from fedspine.simulation import simulate
-from tests.flower.processes import SECONDS, Start, machines, until
+from tests.flower.processes import ROOT, SECONDS, Start, machines, until
 from tests.flower.test_ray import free_ports
 from tests.small_run import KEYS, figures, options, rounds, write_data, write_model
 
@@ -107,3 +115,26 @@ def test_devices_with_their_own_data_and_clock(base: Path, start: Start) -> None
         assert min(pull["probe"]["seconds_per_flop"], pull["probe"]["seconds_per_byte"]) > 0
         assert report["peak_memory_bytes"] > 50e6
     assert record["clock_seconds"] == record["round_seconds"] > max(report["compute_seconds"] for report in reports)
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A SuperLink that accepts a device and then fails."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        content = ActivateNodeResponse(node_id=7).SerializeToString() if "/activate-node" in self.path else b""
+        self.send_response(500 if "/pull-messages" in self.path else 200)
+        self.send_header("content-type", PROTOBUF_MEDIA_TYPE)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_a_supernode_ends_when_its_server_fails(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    device = Device(f"127.0.0.1:{server.server_port}", "a", tmp_path)
+    environment = flower_environment(tmp_path) | {LINK_VARIABLE: str(tmp_path / "link.json"), "PYTHONPATH": str(ROOT)}
+    with program(supernode_command(device), env=environment) as process:
+        assert process.wait(120) == 0
+    server.shutdown()

@@ -11,10 +11,12 @@ import threading
 import time
 import tomllib
 import zipfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -33,13 +35,14 @@ from fedspine.data.prepared import prepare
 from fedspine.devices.measured import LINK_VARIABLE, Link, MeasuredMeter, read_link, write_link
 from fedspine.errors import CheckpointError, ConfigError, DataError, FederationError, ModelError
 from fedspine.federation import Exchange
-from fedspine.flower import control, timed_supernode
+from fedspine.flower import control, supernode, timed_supernode
 from fedspine.flower.client_app import make_client_app
 from fedspine.flower.engines import run_federation
 from fedspine.flower.exchange import GridExchange
 from fedspine.flower.inline import InlineGrid
 from fedspine.flower.node import Node
 from fedspine.flower.server_app import make_server_app
+from fedspine.flower.supernode import NOT_ACTIVATED, NOT_CONNECTED
 from fedspine.health import last_answer_seconds
 from fedspine.run_directory import DEVICES, resumed_config, write_names
 from fedspine.simulation import run_server, simulate
@@ -190,6 +193,58 @@ def test_a_measured_round_fills_the_same_fields(
     assert 0 < report.compute_seconds < passed
     assert (report.download_seconds, report.upload_seconds) == (0.25, report.upload_bytes * 2e-6)
     assert report.peak_memory_bytes > 50e6  # of a process that has torch
+
+
+# Joining, and joining again
+
+ACCEPTED = (0, True, "")
+REFUSED, LATE = (1, False, f"{NOT_CONNECTED}\n{NOT_ACTIVATED}"), (1, False, f"{NOT_CONNECTED}\nhandshake timed out")
+End = tuple[int, bool, str]
+
+
+def joined(monkeypatch: pytest.MonkeyPatch, state: Path, ends: list[End], seconds: float) -> tuple[int, str]:
+    """How many SuperNodes there are when they end so, each after these seconds; and the error, if that ends `join`."""
+    clock, left = [1000.0], list(ends)
+
+    def run(command: Any, environment: Any, said: deque[str], joined: Path, tell: Any) -> tuple[int, bool]:
+        if not left:
+            raise KeyboardInterrupt
+        clock[0] += seconds
+        status, accepted, text = left.pop(0)
+        said.clear()
+        said.append(text)
+        if accepted:
+            joined.touch()
+        return status, accepted
+
+    monkeypatch.setattr(supernode, "_run_supernode", run)
+    monkeypatch.setattr(supernode, "_check_server", lambda _: None)
+    monkeypatch.setattr(supernode, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda _: None))
+    try:
+        supernode.join(supernode.Device("10.0.0.1:9092", "a", state), lambda _: None)
+    except KeyboardInterrupt:
+        return len(ends), ""
+    except FederationError as error:
+        return len(ends) - len(left), str(error)
+    raise AssertionError
+
+
+def test_a_device_that_was_accepted_joins_again_without_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for seconds in (1, 1000):
+        ends = [ACCEPTED, REFUSED, ACCEPTED, LATE, LATE, REFUSED, LATE, ACCEPTED]
+        assert joined(monkeypatch, tmp_path / "state", ends, seconds) == (8, "")
+
+
+@pytest.mark.parametrize(("end", "words"), [(REFUSED, "it does not know the key")])
+def test_a_device_that_is_refused_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: End, words: str
+) -> None:
+    tried, error = joined(monkeypatch, tmp_path / "never", [end] * 9, 10)
+    assert (tried, words in error) == (1, True), error
+    tried, error = joined(monkeypatch, tmp_path / "before", [ACCEPTED, *[end] * 9], 10)
+    assert (tried, words in error) == (7, True), error  # for 45 s it may be held for connected
+    tried, error = joined(monkeypatch, tmp_path / "late", [LATE], 10)
+    assert (tried, "handshake timed out" in error) == (1, True), error
 
 
 # What is refused before anything starts
