@@ -77,11 +77,11 @@ def join(device: Device, tell: Callable[[str], None]) -> None:
             status, accepted = _run_supernode(command, environment, said, joined, tell)
             connected |= accepted
             text = "".join(said)
-            if not accepted and NOT_ACTIVATED in text:
+            if not accepted and (status == 0 or NOT_ACTIVATED in text):
                 refused_at = refused_at or time.monotonic()
                 if not joined.exists() or time.monotonic() - refused_at > REJOIN_SECONDS:
-                    raise FederationError(_reason(device, text))
-                tell(f"{device.name} is refused; the server may hold it for connected still: trying again")
+                    raise FederationError(_reason(device, status, text))
+                tell(f"{device.name} is refused: trying again, in case the server holds it for connected still")
             elif accepted and status == 0:
                 # What Flower does when the server has forgotten the key; if so, the next attempt says it.
                 tell(f"{device.name} lost the server, or was stopped by another program: joining again")
@@ -90,7 +90,7 @@ def join(device: Device, tell: Callable[[str], None]) -> None:
                 tell(f"{device.name} cannot reach the server: trying again")
                 refused_at = None
             else:
-                raise FederationError(_reason(device, text))
+                raise FederationError(_reason(device, status, text))
             time.sleep(POLL_SECONDS)
 
 
@@ -213,11 +213,17 @@ def _speaks_plainly(connection: socket.socket) -> bool:
     return False
 
 
-def _reason(device: Device, said: str) -> str:
+def _reason(device: Device, status: int, said: str) -> str:
     if NOT_ACTIVATED in said:
         return (
             f"--name {device.name}: the server at {device.server} refuses it: it does not know the key (copy "
             f"{device.name}.pub into its --certificates folder and start it again), or another machine joined with it, "
             "or this one did and was killed less than a minute ago"
+        )
+    if status == 0:  # what Flower does when a signature is not accepted
+        return (
+            f"--name {device.name}: the server at {device.server} refuses it: this machine's clock is off (set it by "
+            "NTP here and on the server: a signature may come from 5 s ahead to 5 minutes behind), or "
+            f"{device.name}.key is not the key that the server has of it; or it was stopped by another program"
         )
     return f"the SuperNode of {device.name} ended: {last_lines(said)}"

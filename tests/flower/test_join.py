@@ -197,7 +197,7 @@ def test_a_measured_round_fills_the_same_fields(
 
 # Joining, and joining again
 
-ACCEPTED = (0, True, "")
+ACCEPTED, UNSIGNED = (0, True, ""), (0, False, "")
 REFUSED, LATE = (1, False, f"{NOT_CONNECTED}\n{NOT_ACTIVATED}"), (1, False, f"{NOT_CONNECTED}\nhandshake timed out")
 End = tuple[int, bool, str]
 
@@ -235,7 +235,9 @@ def test_a_device_that_was_accepted_joins_again_without_end(monkeypatch: pytest.
         assert joined(monkeypatch, tmp_path / "state", ends, seconds) == (8, "")
 
 
-@pytest.mark.parametrize(("end", "words"), [(REFUSED, "it does not know the key")])
+@pytest.mark.parametrize(
+    ("end", "words"), [(REFUSED, "it does not know the key"), (UNSIGNED, "this machine's clock is off")]
+)
 def test_a_device_that_is_refused_does_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: End, words: str
 ) -> None:
