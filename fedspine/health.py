@@ -1,8 +1,9 @@
 """Whether a server or a device of a real federation is up: for `fedspine health`, and so for Docker.
 
 A file of the state folder is touched whenever the SuperLink has answered: `fedspine serve` asks it all the time what
-its devices or its run do, and a device asks it for messages. So a server is up when its SuperLink answers the process
-that conducts the run, and a device when the server takes its signed requests. A process that hangs stops touching.
+its devices or its run do, and a device asks it for messages or, at work on one, shows itself. So a server is up when
+its SuperLink answers the process that conducts the run, and a device when the server takes its signed requests. A
+process that hangs stops touching.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ANSWERED = "answered"
 TOUCH_SECONDS = 5.0
 """Between two touches: they wear the flash memory of a device."""
 LONGEST_SECONDS = 60.0
-"""Without an answer, and still up: a device asks every three seconds, but not while a large tensor is under way."""
+"""Without an answer, and still up: a device shows itself every ten seconds, but may fail to beside a large tensor."""
 
 
 def fresh_state(state: Path) -> None:

@@ -23,11 +23,13 @@ from logging import ERROR
 from pathlib import Path
 from typing import Any
 
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
 from flwr.supercore import heartbeat, log
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.exit import ExitCode, add_exit_handler, flwr_exit
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.nodestate import nodestate_factory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
@@ -84,10 +86,24 @@ class _Traffic:
                 self.seconds += time.perf_counter() - self._since
 
 
+class NotingClient(FleetHttpClient):
+    """Notes the answers to heartbeats: a device at work has no others."""
+
+    def SendNodeHeartbeat(self, request: SendNodeHeartbeatRequest) -> SendNodeHeartbeatResponse:
+        response = super().SendNodeHeartbeat(request)
+        answered(_state())
+        return response
+
+
+def _state() -> Path:
+    """The state folder of this device."""
+    return Path(os.environ[LINK_VARIABLE]).parent
+
+
 @contextmanager
 def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
     """`http_request_response` whose transfers go into the `Link` of this device, and its answers into its health."""
-    state = Path(os.environ[LINK_VARIABLE]).parent
+    state = _state()
     link, down, up = Link(), _Traffic(), _Traffic()
 
     with http_request_response(*arguments, **options) as connection:
@@ -152,6 +168,7 @@ def end_with(superexec: subprocess.Popen[bytes]) -> None:
 
 if __name__ == "__main__":
     vars(start_client_internal)["http_request_response"] = timed_connection
+    vars(fleet_http_connection)["FleetHttpClient"] = NotingClient
     vars(nodestate_factory)["InMemoryNodeState"] = PatientState
     for module in (heartbeat, fleet_http_connection):
         vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS

@@ -20,6 +20,7 @@ from fedspine.certificates import make_certificates
 from fedspine.devices.measured import LINK_VARIABLE
 from fedspine.flower.superlink import flower_environment
 from fedspine.flower.supernode import Device, supernode_command
+from fedspine.health import last_answer_seconds
 from fedspine.processes import program
 from fedspine.simulation import simulate
 from tests.flower.processes import ROOT, SECONDS, Start, machines, until
@@ -118,10 +119,16 @@ def test_devices_with_their_own_data_and_clock(base: Path, start: Start) -> None
 
 
 class Failing(BaseHTTPRequestHandler):
-    """A SuperLink that accepts a device and then fails."""
+    """A SuperLink that accepts a device and fails after its first heartbeat."""
+
+    heard = threading.Event()
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
+        if "/send-node-heartbeat" in self.path:
+            self.heard.set()
+        if "/pull-messages" in self.path:
+            self.heard.wait(20)
         content = ActivateNodeResponse(node_id=7).SerializeToString() if "/activate-node" in self.path else b""
         self.send_response(500 if "/pull-messages" in self.path else 200)
         self.send_header("content-type", PROTOBUF_MEDIA_TYPE)
@@ -137,4 +144,5 @@ def test_a_supernode_ends_when_its_server_fails(tmp_path: Path) -> None:
     environment = flower_environment(tmp_path) | {LINK_VARIABLE: str(tmp_path / "link.json"), "PYTHONPATH": str(ROOT)}
     with program(supernode_command(device), env=environment) as process:
         assert process.wait(120) == 0
+    assert last_answer_seconds(tmp_path) < 60
     server.shutdown()
