@@ -107,7 +107,8 @@ def _run_supernode(
                 for line in process.stdout or ():
                     if ACTIVATED in line:
                         accepted.set()
-                        joined.touch()
+                        with suppress(OSError):  # a disk that is full
+                            joined.touch()
                     said.append(line)
                     tell(line.rstrip())
 

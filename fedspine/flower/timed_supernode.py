@@ -16,10 +16,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from logging import ERROR
+from functools import lru_cache
+from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +92,28 @@ class NotingClient(FleetHttpClient):
 
     def SendNodeHeartbeat(self, request: SendNodeHeartbeatRequest) -> SendNodeHeartbeatResponse:
         response = super().SendNodeHeartbeat(request)
-        answered(_state())
+        _note(answered, Path(os.environ[LINK_VARIABLE]).parent)
         return response
 
 
-def _state() -> Path:
-    """The state folder of this device."""
-    return Path(os.environ[LINK_VARIABLE]).parent
+def _note(write: Callable[[Any], None], what: Any) -> None:
+    """A disk that is full, or may not be written, must cost no message."""
+    try:
+        write(what)
+    except OSError as error:
+        _warn(f"A device's note for its other processes is left out: {error}")
+
+
+@lru_cache
+def _warn(text: str) -> None:
+    """Once, however often it happens."""
+    log(WARNING, text)
 
 
 @contextmanager
 def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
     """`http_request_response` whose transfers go into the `Link` of this device, and its answers into its health."""
-    state = _state()
+    state = Path(os.environ[LINK_VARIABLE]).parent
     link, down, up = Link(), _Traffic(), _Traffic()
 
     with http_request_response(*arguments, **options) as connection:
@@ -114,7 +124,7 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
             link = link.uploaded(up.bytes, up.seconds)
             down, up = _Traffic(), _Traffic()
             message = receive()
-            answered(state)
+            _note(answered, state)
             return message
 
         def timed_get_fab(fab_hash: str, run: int) -> Any:
@@ -129,7 +139,7 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
             with down:
                 content: bytes = pull_object(run, name)
             down.add(len(content))
-            answered(state)
+            _note(answered, state)
             return content
 
         def timed_send(*parts: Any) -> Any:
@@ -140,13 +150,13 @@ def timed_connection(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...
             with up:
                 push_object(run, session, name, content)
             up.add(len(content))
-            answered(state)
+            _note(answered, state)
 
         def timed_confirm(run: int, message: str) -> None:
             nonlocal link
             confirm(run, message)
             link = link.downloaded(down.bytes, down.seconds)
-            write_link(link)
+            _note(write_link, link)
 
         yield node_id, next_message, timed_send, get_run, timed_get_fab, timed_pull, timed_push, timed_confirm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import socket
 import ssl
 import threading
@@ -172,6 +173,23 @@ def test_a_supernode_times_what_passes_through_it(tmp_path: Path, monkeypatch: p
             send("message")
             push(1, "session", "x", bytes(100_000))
     assert 0.04 / 100_000 <= link.upload_seconds_per_byte < 0.06 / 100_000
+
+
+def test_a_full_disk_costs_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @contextmanager
+    def connection(*_: Any) -> Iterator[tuple[Any, ...]]:
+        yield 7, *(lambda *_: b"" for _ in range(7))
+
+    monkeypatch.setattr(timed_supernode, "http_request_response", connection)
+    monkeypatch.setattr(timed_supernode, "log", logging.getLogger("notes").log)
+    (tmp_path / "full").touch()  # no folder, so nothing can be written there
+    monkeypatch.setenv(LINK_VARIABLE, str(tmp_path / "full" / "link.json"))
+    with timed_supernode.timed_connection() as (_, receive, _, _, _, pull, push, confirm):
+        for _ in range(2):
+            receive(), pull(1, "x"), confirm(1, "message"), push(1, "session", "x", b"")
+    assert len(caplog.records) == 2  # one for each file
 
 
 def test_a_measured_round_fills_the_same_fields(
