@@ -8,22 +8,39 @@ process that hangs stops touching.
 
 from __future__ import annotations
 
+import fcntl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedspine.errors import FederationError
 
-ANSWERED = "answered"
+ANSWERED, LOCK = "answered", "lock"
 TOUCH_SECONDS = 5.0
 """Between two touches: they wear the flash memory of a device."""
 LONGEST_SECONDS = 60.0
 """Without an answer, and still up: a device shows itself every ten seconds, but may fail to beside a large tensor."""
 
 
-def fresh_state(state: Path) -> None:
-    """Make the state folder, or take the one there is: nothing has answered yet."""
+@contextmanager
+def own_state(state: Path) -> Iterator[None]:
+    """The state folder for this process alone, for as long as it lives; it is made where there is none, and nothing has
+    answered yet.
+
+    Errors: `FederationError` when another process has it.
+    """
     state.mkdir(parents=True, exist_ok=True)
-    (state / ANSWERED).unlink(missing_ok=True)
+    with open(state / LOCK, "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FederationError(
+                f"--state {state}: another `fedspine serve` or `join` that runs here has it; stop that one, or choose "
+                "another --state"
+            ) from None
+        (state / ANSWERED).unlink(missing_ok=True)
+        yield
 
 
 def answered(state: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import pytest
 
 from fedspine.cli import main
 from fedspine.devices.measured import available_bytes
-from fedspine.health import ANSWERED, LONGEST_SECONDS, TOUCH_SECONDS, answered, fresh_state
+from fedspine.errors import FederationError
+from fedspine.health import ANSWERED, LONGEST_SECONDS, TOUCH_SECONDS, answered, own_state
 
 
 def test_up_is_what_was_answered_lately(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = tmp_path / "state"
-    fresh_state(state)
-    assert main(["health", str(state)]) == 1
+    with own_state(state):
+        assert main(["health", str(state)]) == 1
     assert "no answer of the SuperLink was ever noted there" in capsys.readouterr().err
     answered(state)
     assert main(["health", str(state)]) == 0
@@ -28,8 +31,22 @@ def test_up_is_what_was_answered_lately(tmp_path: Path, capsys: pytest.CaptureFi
     assert "the last answer of the SuperLink was 65 s ago" in capsys.readouterr().err
     answered(state)
     assert main(["health", str(state)]) == 0
-    fresh_state(state)  # started again
-    assert main(["health", str(state)]) == 1
+    with own_state(state):  # started again
+        assert main(["health", str(state)]) == 1
+
+
+def test_a_state_folder_has_one_owner_while_that_lives(tmp_path: Path) -> None:
+    held = f"import pathlib, fedspine.health as h\nwith h.own_state(pathlib.Path({str(tmp_path)!r})):"
+    children = "\n import subprocess, time\n subprocess.Popen(['sleep', '9'])\n print(flush=True)\n time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", held + children], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        owner.stdout.readline()
+        with pytest.raises(FederationError, match=f"--state {tmp_path}: another `fedspine serve`"), own_state(tmp_path):
+            pass
+        owner.kill()
+        owner.wait()
+        with own_state(tmp_path):  # what it had started lives on
+            pass
 
 
 def test_a_file_is_not_touched_at_every_answer(tmp_path: Path) -> None:

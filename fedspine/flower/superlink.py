@@ -23,7 +23,7 @@ from fedspine.config_rules import check_deployable
 from fedspine.errors import ConfigError, FederationError
 from fedspine.flower.bundle import bundle
 from fedspine.flower.control import Control
-from fedspine.health import answered, fresh_state
+from fedspine.health import answered, own_state
 from fedspine.processes import program, terminable
 from fedspine.report.records import read_records
 from fedspine.run_directory import first_names
@@ -56,8 +56,8 @@ def serve(
     continue the run in `directory`. `least`: devices to wait for; the others may join later; 0: all. `tell` hears what
     happens, line by line.
 
-    Errors: `ConfigError`, `CertificateError`, `CheckpointError` before anything starts; `FederationError` when the
-    SuperLink or the run fails.
+    Errors: `ConfigError`, `CertificateError`, `CheckpointError` before anything starts; `FederationError` when another
+    process has the state folder, or the SuperLink or the run fails.
     """
     check_deployable(config)
     keys = public_keys(certificates) if certificates else {}
@@ -74,11 +74,15 @@ def serve(
         )
     _check_free(host, port)
     command = superlink_command(certificates, host, port, state)
-    fresh_state(state)
     log = state / "superlink.log"
-    tell(shlex.join(command))
-    tell(f"its log: {log}")
-    with terminable(), open(log, "a", encoding="utf-8") as output, _superlink(command, state, output) as process:
+    with (
+        own_state(state),
+        terminable(),
+        open(log, "a", encoding="utf-8") as output,
+        _superlink(command, state, output) as process,
+    ):
+        tell(shlex.join(command))
+        tell(f"its log: {log}")
         local = f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
 
         def check_alive() -> None:

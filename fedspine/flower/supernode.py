@@ -23,7 +23,7 @@ from fedspine.devices.population import load_device
 from fedspine.errors import CertificateError, ConfigError, DataError, FederationError
 from fedspine.flower.node import MEASURE
 from fedspine.flower.superlink import flower_environment, last_lines
-from fedspine.health import fresh_state
+from fedspine.health import own_state
 from fedspine.processes import program, terminable
 
 CONNECT_SECONDS = 10.0
@@ -59,20 +59,19 @@ class Device:
 def join(device: Device, tell: Callable[[str], None]) -> None:
     """Start a SuperNode and wait until it is stopped. `tell` hears the command and every line that it prints.
 
-    Errors: subclasses of `FedSpineError`, before anything starts, for wrong files or a server that cannot be reached;
-    `FederationError` when the server refuses the device.
+    Errors: subclasses of `FedSpineError`, before anything starts, for wrong files, a state folder that another process
+    has, or a server that cannot be reached; `FederationError` when the server refuses the device.
     """
     command = supernode_command(device)
     _check_server(device)
-    fresh_state(device.state)
     link = device.state.absolute() / "link.json"
     environment = flower_environment(device.state) | {LINK_VARIABLE: str(link)}
-    tell(shlex.join(command))
     said: deque[str] = deque(maxlen=KEPT_LINES)
     joined = device.state / "joined"
     connected = False
     refused_at: float | None = None
-    with terminable():
+    with own_state(device.state), terminable():
+        tell(shlex.join(command))
         while True:
             status, accepted = _run_supernode(command, environment, said, joined, tell)
             connected |= accepted

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import shutil
 import socket
 import ssl
 import threading
@@ -44,7 +45,7 @@ from fedspine.flower.inline import InlineGrid
 from fedspine.flower.node import Node
 from fedspine.flower.server_app import make_server_app
 from fedspine.flower.supernode import NOT_ACTIVATED, NOT_CONNECTED
-from fedspine.health import last_answer_seconds
+from fedspine.health import last_answer_seconds, own_state
 from fedspine.run_directory import DEVICES, resumed_config, write_names
 from fedspine.simulation import run_server, simulate
 from fedspine.structure import Structure
@@ -263,6 +264,9 @@ def test_a_device_that_is_refused_does_not(
     assert (tried, words in error) == (1, True), error
     tried, error = joined(monkeypatch, tmp_path / "before", [ACCEPTED, *[end] * 9], 10)
     assert (tried, words in error) == (7, True), error  # for 45 s it may be held for connected
+    with own_state(tmp_path / "taken"):
+        tried, error = joined(monkeypatch, tmp_path / "taken", [end], 10)
+        assert (tried, "taken: another `fedspine serve` or `join`" in error) == (0, True), error
     tried, error = joined(monkeypatch, tmp_path / "late", [LATE], 10)
     assert (tried, "handshake timed out" in error) == (1, True), error
 
@@ -356,6 +360,10 @@ def test_serve_says_what_is_wrong(
     refused(capsys, ["serve", *secure, *two, "--port", "99999"], "cannot listen there")
     refused(capsys, ["serve", *secure, *two, "--wait-for", "3"], "--wait-for 3: must be from 1 to devices = 2")
     refused(capsys, ["serve", "--insecure", *two, "--wait-for", "1"], "needs --certificates, whose keys name")
+    with own_state(tmp_path / "taken"):
+        place = ["--host", "127.0.0.1", "--port", "0", "--state", "taken"]
+        refused(capsys, ["serve", "--insecure", *two, *place], "--state taken: another `fedspine serve`")
+    shutil.rmtree("taken")
     refused(capsys, ["simulate", "-s", "deadline_seconds=30"], "deadline_seconds = 30: simulated devices are not")
     refused(capsys, ["simulate", "-s", "cost=measured"], "simulated devices have no clock but the virtual one")
     refused(capsys, ["schedule", "-s", "cost=measured"], "simulated devices have no clock but the virtual one")
