@@ -85,7 +85,7 @@ def test_real_devices_give_the_bits_of_the_simulation(base: Path, start: Start) 
 
     (base / "certificates" / "d.pub").unlink()
     fewer = start("serve", *options({**chosen, "devices": 3, "rounds": 1}), *secured, *place, "--out", "fewer")
-    _, err = devices.pop().communicate(timeout=120)
+    _, err = devices.pop().communicate(timeout=300)  # it tries for a while
     assert "the server at 127.0.0.1" in err.splitlines()[-1]
     assert "refuses it: it does not know the key" in err.splitlines()[-1]
     _, err = fewer.communicate(timeout=SECONDS)
