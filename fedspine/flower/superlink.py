@@ -17,6 +17,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from flwr.supercore.address import resolve_bind_address
+
 from fedspine.certificates import AUTHORITY, SERVER, SERVER_KEY, check_server_pair, needed, public_keys
 from fedspine.config import RunConfig
 from fedspine.config_rules import check_deployable
@@ -83,7 +85,7 @@ def serve(
     ):
         tell(shlex.join(command))
         tell(f"its log: {log}")
-        local = f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        local = local_address(host, port)
 
         def check_alive() -> None:
             if process.poll() is not None:
@@ -123,6 +125,11 @@ def superlink_command(certificates: Path | None, host: str, port: int, state: Pa
         "--isolation=subprocess",
         "--disable-runtime-dependency-installation",
     ]
+
+
+def local_address(host: str, port: int) -> str:
+    """Where programs of this machine reach what listens at `host`; at `::` nothing listens by IPv4."""
+    return str(resolve_bind_address(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
 
 
 def flower_environment(home: Path) -> dict[str, str]:

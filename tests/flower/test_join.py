@@ -39,11 +39,13 @@ from fedspine.errors import CheckpointError, ConfigError, DataError, FederationE
 from fedspine.federation import Exchange
 from fedspine.flower import control, supernode, timed_supernode
 from fedspine.flower.client_app import make_client_app
+from fedspine.flower.control import Control
 from fedspine.flower.engines import run_federation
 from fedspine.flower.exchange import GridExchange
 from fedspine.flower.inline import InlineGrid
 from fedspine.flower.node import Node
 from fedspine.flower.server_app import make_server_app
+from fedspine.flower.superlink import local_address
 from fedspine.flower.supernode import NOT_ACTIVATED, NOT_CONNECTED
 from fedspine.health import last_answer_seconds, own_state
 from fedspine.run_directory import DEVICES, resumed_config, write_names
@@ -368,6 +370,15 @@ def test_serve_says_what_is_wrong(
     refused(capsys, ["simulate", "-s", "cost=measured"], "simulated devices have no clock but the virtual one")
     refused(capsys, ["schedule", "-s", "cost=measured"], "simulated devices have no clock but the virtual one")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("0.0.0.0", "127.0.0.1:9"), ("::", "[::1]:9"), ("fd00::7", "[fd00::7]:9"), ("server", "server:9")],
+)
+def test_the_server_is_asked_where_it_listens(host: str, address: str) -> None:
+    assert local_address(host, 9) == address
+    Control(address, None).close()
 
 
 def test_the_apps_of_the_checkout_are_those_of_the_bundle() -> None:
