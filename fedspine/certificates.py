@@ -64,13 +64,13 @@ def make_certificates(directory: Path, hosts: Sequence[str], nodes: Sequence[str
     files = _authority_and_server(hosts) if hosts else {}
     for node in nodes:
         files |= _key_pair(node)
-    taken = next((name for name in files if (directory / name).exists()), None)
-    if taken:
-        raise CertificateError(
-            f"{directory / taken} exists already, and what was made with it would be of no use then; choose another "
-            "folder, or leave out what is there: --host where there is an authority, --nodes that have keys"
-        )
     try:
+        taken = next((name for name in files if (directory / name).exists()), None)
+        if taken:
+            raise CertificateError(
+                f"{directory / taken} exists already, and what was made with it would be of no use then; choose "
+                "another folder, or leave out what is there: --host where there is an authority, --nodes that have keys"
+            )
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, content in files.items():
             with open(os.open(directory / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
@@ -91,21 +91,21 @@ def check_name(name: str) -> None:
 def public_keys(directory: Path) -> dict[str, bytes]:
     """PEM public key by name of the device, in the order of the names: every NAME.pub of a folder.
 
-    Errors: `CertificateError` when there is none, or one is no elliptic-curve key.
+    Errors: `CertificateError` when there is none, or one may not be read, or is no elliptic-curve key.
     """
     keys = {}
     for path in sorted(directory.glob("*.pub")):
         try:
-            key = load_ssh_public_key(path.read_bytes())
-        except (ValueError, OSError) as error:
+            key = load_ssh_public_key(needed(directory, path.name).read_bytes())
+        except ValueError as error:
             raise CertificateError(f"{path}: no public key in OpenSSH's format ({error})") from None
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise CertificateError(f"{path}: must be an elliptic-curve key, as `fedspine certificates` makes them")
         keys[path.stem] = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     if not keys:
         raise CertificateError(
-            f"--certificates {directory}: it holds no public key of a device (NAME.pub); make some with "
-            f"`fedspine certificates {directory} --nodes NAME,NAME`"
+            f"--certificates {directory}: it holds no public key of a device (NAME.pub), or this user may not list it; "
+            f"make some with `fedspine certificates {directory} --nodes NAME,NAME`"
         )
     return keys
 
@@ -135,13 +135,22 @@ def check_server_pair(certificate: Path, key: Path) -> None:
 
 
 def needed(directory: Path, name: str) -> Path:
-    """A file of a folder with certificates. Errors: `CertificateError` when it is not there."""
+    """A file of a folder with certificates.
+
+    Errors: `CertificateError` when it is not there, or this user may not read it.
+    """
     path = directory / name
-    if not path.is_file():
+    try:
+        path.open("rb").close()
+    except PermissionError:
+        raise CertificateError(
+            f"--certificates {directory}: this user may not read {name}; give it to the user who runs this (chown)"
+        ) from None
+    except OSError:
         raise CertificateError(
             f"--certificates {directory}: it holds no {name}; copy it from where `fedspine certificates` wrote it, or "
             "join and serve with --insecure for a trial"
-        )
+        ) from None
     return path
 
 

@@ -9,9 +9,11 @@ process that hangs stops touching.
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from errno import EACCES
 from pathlib import Path
 
 from fedspine.errors import FederationError
@@ -28,18 +30,27 @@ def own_state(state: Path) -> Iterator[None]:
     """The state folder for this process alone, for as long as it lives; it is made where there is none, and nothing has
     answered yet.
 
-    Errors: `FederationError` when another process has it.
+    Errors: `FederationError` when another process has it, or this user may not write there.
     """
-    state.mkdir(parents=True, exist_ok=True)
-    with open(state / LOCK, "wb") as lock:
+    with ExitStack() as held:
         try:
+            state.mkdir(parents=True, exist_ok=True)
+            foreign = next((path for path in state.iterdir() if path.is_file() and not os.access(path, os.W_OK)), None)
+            if foreign:
+                raise PermissionError(EACCES, os.strerror(EACCES), str(foreign))
+            lock = held.enter_context(open(state / LOCK, "wb"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (state / ANSWERED).unlink(missing_ok=True)
         except BlockingIOError:
             raise FederationError(
                 f"--state {state}: another `fedspine serve` or `join` that runs here has it; stop that one, or choose "
                 "another --state"
             ) from None
-        (state / ANSWERED).unlink(missing_ok=True)
+        except OSError as error:
+            raise FederationError(
+                f"--state {state}: cannot be written ({error}); give it to the user who runs this (chown -R), or "
+                "choose another --state"
+            ) from None
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedspine.certificates import check_private_key, check_server_pair, make_certificates, public_keys
+from fedspine.certificates import check_private_key, check_server_pair, make_certificates, needed, public_keys
 from fedspine.cli import main
 from fedspine.errors import CertificateError
 
@@ -74,6 +74,21 @@ def test_wrong_files_are_named(made: Path, tmp_path: Path) -> None:
         check_private_key(made / "a.pub")
     with pytest.raises(CertificateError, match="it holds no public key of a device"):
         public_keys(tmp_path)
+
+
+def test_what_may_not_be_read_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", deny)
+    monkeypatch.setattr(Path, "exists", deny)
+    for words, read in (
+        (r"this user may not read a\.key; give it to", lambda: needed(made, "a.key")),
+        (r"this user may not read a\.pub", lambda: public_keys(made)),
+        ("federation: cannot be written: Permission denied", lambda: make_certificates(made, [], ["c"])),
+    ):
+        with pytest.raises(CertificateError, match=words):
+            read()
 
 
 def test_a_device_can_be_added_and_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,21 @@ def test_a_state_folder_has_one_owner_while_that_lives(tmp_path: Path) -> None:
             pass
 
 
+def test_a_state_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(FederationError, match=r"file/state: cannot be written \(.*Not a directory"),
+        own_state(tmp_path / "file" / "state"),
+    ):
+        pass
+    monkeypatch.setattr(os, "access", lambda *_: False)  # another user's
+    with (
+        pytest.raises(FederationError, match=r"cannot be written \(.*denied: '.*/file'\); give it to the user"),
+        own_state(tmp_path),
+    ):
+        pass
+
+
 def test_a_file_is_not_touched_at_every_answer(tmp_path: Path) -> None:
     answered(tmp_path)
     for age, touched in ((TOUCH_SECONDS / 2, False), (TOUCH_SECONDS * 2, True), (-9 * TOUCH_SECONDS, True)):

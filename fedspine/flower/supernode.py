@@ -151,13 +151,20 @@ def supernode_command(device: Device) -> list[str]:
 
 
 def _readable(data: Path) -> Path:
-    """Absolute. Errors: `DataError` when nothing is there."""
+    """Absolute. Errors: `DataError` when nothing is there, or this user may not read it."""
     path = data.expanduser().absolute()
     if '"' in str(path):
         raise DataError(f"--data {data}: Flower takes no path with a quotation mark in it; rename the file or folder")
-    if not path.exists():
-        raise DataError(f"--data {data}: there is no such file or folder")
-    empty = not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
+    try:
+        if not path.exists():
+            raise DataError(f"--data {data}: there is no such file or folder")
+        if path.is_dir():
+            empty = not any(path.iterdir())
+        else:
+            with path.open("rb") as rows:
+                empty = not rows.read(1)
+    except OSError as error:
+        raise DataError(f"--data {data}: cannot be read ({error}); give it to the user who runs this (chown)") from None
     if empty:
         raise DataError(f"--data {data}: it is empty; give the file or folder with this device's own rows")
     return path
