@@ -219,7 +219,8 @@ def _scalars(value: Any) -> ConfigRecord:
 def _from_scalars(kind: type[T], record: dict[str, Any]) -> T:
     """Errors: `TypeError`, `KeyError` when a field is absent, unknown or of another type."""
     values, hints = {name.replace("-", "_"): item for name, item in record.items()}, get_type_hints(kind)
-    if wrong := [name for name, item in values.items() if type(item) is not hints[name]]:
+    known = {int: (int,), float: (float, int)}  # a whole number of seconds
+    if wrong := [name for name, item in values.items() if type(item) not in known.get(hints[name], (hints[name],))]:
         raise TypeError(f"{wrong[0]} = {values[wrong[0]]!r}")
     return kind(**values)
 

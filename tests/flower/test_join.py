@@ -378,7 +378,7 @@ def test_serve_says_what_is_wrong(
 )
 def test_the_server_is_asked_where_it_listens(host: str, address: str) -> None:
     assert local_address(host, 9) == address
-    Control(address, None).close()
+    Control(address, None, lambda: None).close()
 
 
 def test_the_apps_of_the_checkout_are_those_of_the_bundle() -> None:
