@@ -176,15 +176,26 @@ def end_with(superexec: subprocess.Popen[bytes]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-if __name__ == "__main__":
-    vars(start_client_internal)["http_request_response"] = timed_connection
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    command = superexec_command(parser.parse_known_args()[0].port)
+
+    @contextmanager
+    def joined(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
+        with timed_connection(*arguments, **options) as connection:
+            end_with(subprocess.Popen(command))  # only now: a device that is refused needs none
+            yield connection
+
+    vars(start_client_internal)["http_request_response"] = joined
     vars(fleet_http_connection)["FleetHttpClient"] = NotingClient
     vars(nodestate_factory)["InMemoryNodeState"] = PatientState
     for module in (heartbeat, fleet_http_connection):
         vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS
     start_parent_process_monitor(os.getppid())  # a `fedspine join` that was killed must not stay joined
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, required=True)
-    end_with(subprocess.Popen(superexec_command(parser.parse_known_args()[0].port)))
     flower_supernode()  # returns after an error in a connection that was there; its Runtime API would run on
     flwr_exit(ExitCode.SUCCESS, "The connection to the SuperLink is lost.")
+
+
+if __name__ == "__main__":
+    main()
