@@ -9,6 +9,7 @@ imported before.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -140,7 +141,15 @@ def superexec_command(port: int) -> list[str]:
     return [sys.executable, "-c", start, *api, "--parent-pid", str(os.getpid())]
 
 
+def end_with_parent() -> None:
+    """Linux kills this process when the one that started it is gone: in order it ends by itself, but for a signal that
+    comes while it holds a lock. Source: prctl(2), PR_SET_PDEATHSIG."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_parent()
     # To look for a GPU must not start CUDA: a forked process could not use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     vars(run_superexec)["get_executor"] = lambda *_, **__: ResidentExecutor()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import pytest
 from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TaskType
@@ -95,3 +97,18 @@ def test_a_supernode_ends_with_its_superexec(monkeypatch: pytest.MonkeyPatch, st
         trigger_exit_handlers(run_before_force_exit=True)
     time.sleep(1)
     assert signals == ([] if stopped else [signal.SIGTERM])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_it_is_gone_with_its_parent_even_where_it_cannot_end_by_itself() -> None:
+    stuck = "from fedspine.flower.superexec import end_with_parent as e; e(); print('ready', flush=True); import time\n"
+    stuck += "try:\n    time.sleep(60)\nfinally:\n    time.sleep(60)\n"
+    parent = (
+        f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {stuck!r}]); print(c.pid, flush=True); "
+    )
+    with subprocess.Popen([sys.executable, "-c", parent + "c.wait()"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        child = int(process.stdout.readline())
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+    assert not psutil.pid_exists(child) or not psutil.wait_procs([psutil.Process(child)], timeout=10)[1]
