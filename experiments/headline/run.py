@@ -107,10 +107,11 @@ def main() -> None:
                 write_atomically(results, (json.dumps({"comparisons": after}) + "\n").encode())
     saved = json.loads(results.read_text())
     found: Found = {}
+    targets = {entry["task"]: _target(entry["runs"]) for entry in reversed(saved["comparisons"])}  # mixed goes first
     for entry in saved["comparisons"]:
         methods = {run["method"] for run in entry["runs"]}
         inference = entry["inference"] if BASELINE in methods else {}
-        view = View(_target(entry["runs"]), BASELINE if BASELINE in methods else entry["runs"][0]["method"], inference)
+        view = View(targets[entry["task"]], BASELINE if BASELINE in methods else entry["runs"][0]["method"], inference)
         found[entry["task"], entry["population"]] = entry["runs"], view
     text = _page(found)
     (options.results / "tables.md").write_text(text)
