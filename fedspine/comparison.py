@@ -93,7 +93,8 @@ def compare(
     and these before what all share. `keys` override what all share.
     `methods`: which, the reference first; by default all tables of the file, or else `METHODS_BY_DEFAULT`.
     `parallel`: runs at a time, one process each. `out`: continued if it holds this comparison.
-    `target`: smoothed accuracy whose time is compared; by default the highest that every run reached.
+    `target`: smoothed accuracy, of a model cut as far as it will be, whose time is compared; by default the highest
+    that every run reached.
     `baseline`: method whose costs are 100 %; by default the reference. `inference`: in the end, export every method's
     global model of seed 0 into `out`/models and measure its speed and memory against the baseline's.
     `retime`: another comparison, of the same configuration but for `population`: what it trained with policies that

@@ -228,6 +228,7 @@ def test_a_target_that_some_miss(tmp_path: Path) -> None:
     assert "| bad | not reached | not reached |" in text
     assert "| half | 93.8 (1 of 2 seeds) | 1.00x (1 of 2 seeds) |" in text
     assert "| half | 100 % (1 of 2 seeds) | 100 % |" in text
+    assert "| other | not reached | no common seed |" in as_markdown([*good, run("other", 5, 0.6)], view)
     draw_comparison(runs, tmp_path, view)
     assert (tmp_path / "costs.png").stat().st_size > 5_000
 

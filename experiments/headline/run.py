@@ -228,7 +228,7 @@ def _page(found: Found) -> str:
     lines += ["", f"## {title}", "", f"Targets: {targets}.", "", *markdown_rows(_times(found))]
     for task, runs in mixed.items():
         view = found[task, "mixed"][1]
-        table = relative_table(by_method(runs), target_of(runs, view), view)
+        table = relative_table(_timed(runs), target_of(runs, view), view)
         lines += ["", f"## Table B, {task}: {table.title}", "", *markdown_rows(table)]
     return "\n".join(lines) + "\n"
 
@@ -255,8 +255,7 @@ def _accuracies(by_task: Mapping[str, Sequence[Run]]) -> Table:
 def _times(found: Found) -> Table:
     columns = []
     for (task, population), (runs, view) in found.items():
-        groups, target = by_method(runs), target_of(runs, view)
-        groups = {method: group for method, group in groups.items() if method not in PERSONAL}
+        groups, target = _timed(runs), target_of(runs, view)
         reference = next(iter(groups.values()))
 
         def slower(group: Sequence[Run], reference: Sequence[Run] = reference, target: float = target) -> str:
@@ -264,6 +263,11 @@ def _times(found: Found) -> Table:
 
         columns.append((f"{task}, {population}", groups, slower))
     return _table(columns)
+
+
+def _timed(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by method, where the time to an accuracy means something."""
+    return by_method([run for run in runs if run["method"] not in PERSONAL])
 
 
 def _table(columns: Sequence[tuple[str, Mapping[str, Sequence[Run]], Callable[[Sequence[Run]], str]]]) -> Table:

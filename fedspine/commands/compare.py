@@ -43,7 +43,10 @@ def add(commands: Subparsers) -> None:
     compare.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (default: 1)")
     compare.add_argument("--out", default="comparison", metavar="DIR", help="directory (default: comparison)")
     compare.add_argument(
-        "--target", type=float, metavar="ACC", help="accuracy whose time is compared (default: what every run reached)"
+        "--target",
+        type=float,
+        metavar="ACC",
+        help="accuracy at the final sparsity whose time is compared (default: what every run reached)",
     )
     compare.add_argument(
         "--baseline", default="", metavar="METHOD", help="whose costs are 100 %% (default: the reference)"

@@ -188,7 +188,7 @@ class ResidentModel:
         if self._own and self._published:
             self._base[module.name], self._held[module.name] = (weight, bias), wanted
         if bias is not None and module.axis == "rows" and not wanted.all():
-            bias = bias.index_select(0, self._tensor(np.flatnonzero(wanted)))
+            bias = bias.index_select(0, self._tensor(kept_features(module, structure)))
         if (folded := self._folded.get(f"{module.name}.W")) is not None:
             weight = torch.add(weight.float(), self._tensor(folded), alpha=self.scale).to(weight.dtype)
         linear = self._linear(module.name)

@@ -6,7 +6,7 @@ add one, write a class with `observe` and `scores` and name it in `SCORERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -238,8 +238,11 @@ class TaylorScorer(_Smoothed):
 class MagnitudeScorer:
     """Squared norm of the merged weights of every structure, of projections with adapters; needs no data."""
 
+    size: Callable[[torch.Tensor], torch.Tensor] = staticmethod(torch.square)
+
     def __init__(self, resident: ResidentModel) -> None:
         self.resident = resident
+        self.modules: Sequence[ModuleShape] = resident.shape.modules
 
     def observe(self) -> None:
         pass
@@ -248,12 +251,13 @@ class MagnitudeScorer:
         shape, structure = self.resident.shape, self.resident.structure
         values = [(np.zeros(shape.heads, np.float32), np.zeros(shape.channels, np.float32)) for _ in structure.counts()]
         with torch.no_grad():
-            for module in shape.modules:
-                a, b, weight = self.resident.lora(module)
-                merged = torch.addmm(weight, b, a, alpha=self.resident.scale).square()
-                vector = per_unit(merged, module)
+            for module in self.modules:
+                weight = self.resident.weight(module)
+                if module in shape.modules:
+                    a, b, _ = self.resident.lora(module)
+                    weight = torch.addmm(weight, b, a, alpha=self.resident.scale)
                 part = values[module.layer][0 if module.unit == "heads" else 1]
-                part[structure.mask(module.layer, module.unit)] += vector.cpu().numpy()
+                part[structure.mask(module.layer, module.unit)] += per_unit(self.size(weight), module).cpu().numpy()
         return tuple(values)
 
     def close(self) -> None:
@@ -266,19 +270,11 @@ class L1Scorer(MagnitudeScorer):
     Source: FedMP (doi 10.1109/ICDE53745.2022.00062), which scores filters and neurons so.
     """
 
-    def scores(self) -> Scores:
-        shape, structure = self.resident.shape, self.resident.structure
-        values = [(np.zeros(shape.heads, np.float32), np.zeros(shape.channels, np.float32)) for _ in structure.counts()]
-        adapted = {module.name for module in shape.modules}
-        with torch.no_grad():
-            for module in self.resident.projections:
-                weight = self.resident.weight(module)
-                if module.name in adapted:
-                    a, b, _ = self.resident.lora(module)
-                    weight = torch.addmm(weight, b, a, alpha=self.resident.scale)
-                part = values[module.layer][0 if module.unit == "heads" else 1]
-                part[structure.mask(module.layer, module.unit)] += per_unit(weight.abs(), module).cpu().numpy()
-        return tuple(values)
+    size = staticmethod(torch.abs)
+
+    def __init__(self, resident: ResidentModel) -> None:
+        super().__init__(resident)
+        self.modules = resident.projections
 
 
 class RandomScorer:

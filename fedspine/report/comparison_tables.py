@@ -130,7 +130,7 @@ def paired_ratio(group: Sequence[Run], reference: Sequence[Run], of: Callable[[R
     """Reference over method: how many times less the method needs, as geometric mean with its interval."""
     logs, seeds = _log_ratios(reference, group, of)
     if not logs:
-        return _NEVER
+        return _NEVER if seeds else "no common seed"
     mean, half = sum(logs) / len(logs), half_width(logs)
     if half is None:
         return f"{math.exp(mean):.2f}x{_of_seeds(logs, seeds)}"
@@ -142,7 +142,7 @@ def paired_percent(group: Sequence[Run], baseline: Sequence[Run], of: Callable[[
     """Method over baseline in percent, as geometric mean with its interval."""
     logs, seeds = _log_ratios(group, baseline, of)
     if not logs:
-        return _NEVER
+        return _NEVER if seeds else "no common seed"
     mean, half = sum(logs) / len(logs), half_width(logs)
     low, middle, high = (f"{100 * math.exp(mean + side * (half or 0.0)):.0f}" for side in (-1, 0, 1))
     return (f"{middle} %" if low == high else f"{middle} % ({low} to {high})") + _of_seeds(logs, seeds)
