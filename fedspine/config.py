@@ -85,7 +85,8 @@ class RunConfig:
     # local training
     local_iterations: int = _key(20, "optimiser steps of a device in a round", min=1, max=100_000)
     local_work: str = _key(
-        "equal", "all local_iterations for every device, or down to a quarter where that saves time",
+        "equal", "local_iterations for every device, or by a deadline from a quarter of them, for slow devices, to twice "
+        "as many, where links are what takes long",
         "equal", "deadline",
     )  # fmt: skip
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
@@ -233,8 +234,11 @@ class RunConfig:
         return self.cuts_in(self.local_iterations)
 
     def cuts_in(self, iterations: int) -> int:
-        """Cuts in a local round: before iterations 0, K, 2K, ..., so that at least the last K iterations recover."""
-        return max(1, iterations // self.prune_interval)
+        """Cuts in a local round: before iterations 0, K, 2K, ..., so that at least the last K iterations recover.
+
+        A device that does more than `local_iterations` is not cut more often, and needs no scores for it.
+        """
+        return max(1, min(iterations, self.local_iterations) // self.prune_interval)
 
     def adapter_learning_rate(self, rank: int) -> float:
         """Of a device whose adapters have this rank."""

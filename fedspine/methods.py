@@ -11,6 +11,7 @@ PLAIN: dict[str, Any] = {
     "wire_dtype": "float32",
     "regrowth": False,
     "logit_adjustment": 0.0,
+    "local_work": "equal",
 }
 """Without the levers that FedSpine has beyond the paper."""
 _PRUNED: dict[str, Any] = {**PLAIN, "policy": "fixed", "aggregation": "coordinate"}

@@ -275,7 +275,8 @@ class _Scheduler:
     def _qualities(self, number: int, pulls: list[Pull]) -> list[float]:
         """Drawn from the surface: the same noise for the same seed, round and place in it, whatever was chosen.
 
-        The surface knows full local rounds. A shorter one is worth its share of the iterations: the least it can be.
+        The surface knows full local rounds. A shorter one is worth its share of the iterations, a longer one as much as
+        a full one: the least they can be, as later steps bring less.
         """
         target = self.config.target_sparsity
         expected = self.surface.quality(
@@ -288,8 +289,8 @@ class _Scheduler:
         return [float(quality) for quality in self._shares(pulls) * (expected + self.surface.sigma * noise)]
 
     def _shares(self, pulls: list[Pull]) -> NDArray[np.float64]:
-        """Of the configured local iterations that each did [pulls]."""
-        return np.array([self.workload.share(pull.action) for pull in pulls])
+        """Of the configured local iterations that each did, at most all of them [pulls]."""
+        return np.array([min(1.0, self.workload.share(pull.action)) for pull in pulls])
 
     def _line(self, number: int, pulls: list[Pull], closing: Closing[Awaited]) -> ScheduledRound:
         """A late reply's progress is discounted as its weight would be."""

@@ -1,11 +1,13 @@
-"""Fewer local iterations for slow devices (`local_work = "deadline"`), on top of any policy.
+"""Local iterations by time (`local_work = "deadline"`), on top of any policy: fewer for slow devices, more for all where
+links are what takes long.
 
 The policy chooses ratio and rank as ever. Then the round gets a deadline, and each device as many iterations as fit,
-from all of them down to a quarter. As in joint.py, the deadline is the one with the most value per second, where a
-share w of the iterations is worth sqrt(w) to a device (an assumption: later steps bring less). It is no earlier than
-the median of the predicted times with all iterations, so that devices of one speed do everything, nor earlier than what
-the slowest needs for a quarter. Where transfers take the time, fewer iterations buy little, and everybody does all of
-them. So does a device of which nothing is known, neither from its past nor from a probe.
+from a quarter of `local_iterations` to twice as many. As in joint.py, the deadline is the one with the most value per
+second, where a share w of the iterations is worth sqrt(w) to a device (an assumption: later steps bring less). So
+devices of one speed compute as long as they transfer, if the bounds allow: the longer the way, the more is done before
+it is taken. The deadline is no earlier than the median of the predicted times with `local_iterations`, nor earlier than
+what the slowest needs for a quarter of them: where nothing is to be gained from the links, most devices do what the
+configuration says. So does a device of which nothing is known, neither from its past nor from a probe.
 
 Aggregation weighs a device by its examples, whatever its iterations. Fewer steps have moved its adapters less, so that
 it counts for less already; to scale that up, as FedNova does (arXiv 2007.07481), would scale up the noise of few
@@ -25,8 +27,8 @@ from fedspine.controller.time_model import learn_rates, own_rates
 from fedspine.cost import Workload
 from fedspine.types import Action, Candidate, Pull
 
-LEAST_SHARE = 4
-"""No device does less than a quarter of the iterations."""
+LEAST_SHARE, MOST_SHARE = 0.25, 2.0
+"""Of `local_iterations`."""
 
 Floats = NDArray[np.float64]
 
@@ -61,10 +63,11 @@ def fitting_iterations(compute: Floats, transfer: Floats, full: int) -> list[int
 
     `compute`: predicted seconds of `full` iterations; `transfer`: of all transfers, which iterations do not change.
     """
-    least, times = max(1, full // LEAST_SHARE), compute + transfer
-    earliest = max(np.median(times), np.max(compute * (least / full) + transfer))
-    deadlines = np.unique([earliest, *times[times > earliest]])
+    least, most = max(1, int(full * LEAST_SHARE)), int(full * MOST_SHARE)
+    earliest = max(np.median(compute + transfer), np.max(compute * (least / full) + transfer))
+    ends = np.multiply.outer(np.linspace(1, MOST_SHARE, 9), compute) + transfer  # [9, devices]
+    deadlines = np.unique([earliest, *ends[ends > earliest]])
     fitting = np.floor(full * (deadlines[:, None] - transfer) / compute * (1 + 1e-9))
-    fitting = np.clip(fitting, least, full)
+    fitting = np.clip(fitting, least, most)
     best = int(np.argmax(np.sqrt(fitting / full).sum(axis=1) / deadlines))
     return [int(iterations) for iterations in fitting[best]]

@@ -32,22 +32,28 @@ def fitting(compute: list[float], transfer: list[float], full: int = 20) -> list
     return fitting_iterations(np.array(compute), np.array(transfer), full)
 
 
-def test_the_faster_half_does_everything_and_the_slower_what_fits_into_the_median() -> None:
-    assert fitting([8, 10, 12, 14], [0, 0, 0, 0]) == [20, 20, 18, 15]  # 11 s: 18.3 and 15.7
-    assert fitting([8, 10, 12, 14], [1, 1, 1, 1]) == [20, 20, 18, 15]
+def test_all_do_what_fits_into_the_median() -> None:
+    assert fitting([8, 10, 12, 14], [0, 0, 0, 0]) == [27, 22, 18, 15]  # 11 s: 27.5, 22, 18.3 and 15.7
+    assert fitting([8, 10, 12, 14], [1, 1, 1, 1]) == [27, 22, 18, 15]
     assert fitting([10, 10, 10], [1, 1, 1]) == [20, 20, 20]
 
 
 def test_the_slowest_does_a_quarter_and_the_others_use_its_time() -> None:
-    assert fitting([10, 10, 20, 80], [1, 1, 2, 4]) == [20, 20, 20, 5]  # 4 + 80 / 4 = 24 s
-    assert fitting([10, 10, 30, 80], [1, 1, 2, 4]) == [20, 20, 14, 5]
-    assert fitting([1, 9, 9], [0, 0, 0], full=1) == [1, 1, 1]
+    assert fitting([10, 10, 20, 80], [1, 1, 2, 4]) == [40, 40, 22, 5]  # 4 + 80 / 4 = 24 s
+    assert fitting([10, 10, 30, 80], [1, 1, 2, 4]) == [40, 40, 14, 5]
+    assert fitting([1, 9, 9], [0, 0, 0], full=1) == [2, 1, 1]
+
+
+def test_where_links_take_long_all_do_more() -> None:
+    assert fitting([1, 1, 1], [3, 3, 3]) == [40, 40, 40]  # no more than twice as many
+    assert fitting([4, 4, 4], [5, 5, 5]) == [25, 25, 25]  # as long as the transfers
+    assert fitting([4, 4], [4, 4]) == [20, 20]
 
 
 def test_iterations_are_not_given_up_for_little_time() -> None:
-    """A fourteenth of the slowest one's time is not worth half of its value."""
-    assert fitting([4, 4, 4], [0, 0, 39], full=4) == [4, 4, 4]
-    assert fitting([4, 4, 40], [0, 0, 3], full=4) == [4, 4, 1]
+    """Compared with the links of the slowest one, they cost nothing."""
+    assert fitting([4, 4, 4], [0, 0, 39], full=4) == [8, 8, 8]
+    assert fitting([4, 4, 40], [0, 0, 3], full=4) == [8, 8, 1]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -58,8 +64,8 @@ def test_the_deadline_has_the_most_value_per_second(seed: int) -> None:
     times = compute + transfer
     chosen = np.array(fitting_iterations(compute, transfer, 10_000)) / 10_000
     ours = np.sqrt(chosen).sum() / max(np.max(chosen * compute + transfer), np.median(times))
-    grid = np.linspace(max(np.median(times), np.max(compute / 4 + transfer)), times.max(), 500)
-    shares = np.clip((grid[:, None] - transfer) / compute, 0.25, 1)
+    grid = np.linspace(max(np.median(times), np.max(compute / 4 + transfer)), (times + compute).max(), 1000)
+    shares = np.clip((grid[:, None] - transfer) / compute, 0.25, 2)
     assert ours == pytest.approx((np.sqrt(shares).sum(1) / grid).max(), rel=0.01)
 
 
@@ -89,10 +95,11 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**KEYS, "model": str(write_model(base / "model")), "data": str(write_data(base / "data"))}
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_fewer_iterations_are_a_shorter_local_round(keys: dict[str, Any], iterations: int) -> None:
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+def test_a_given_number_of_iterations_is_that_local_round(keys: dict[str, Any], iterations: int) -> None:
     """The same arrays, cuts, scores, times and bytes as where the configuration says so many."""
     replies = []
+    keys = {**keys, "prune_interval": 2 if iterations <= 4 else 4}  # more of them are cut no more often
     for config, action in (
         (RunConfig.from_values({**keys, "local_iterations": 4}), Action(0.3, 4, iterations)),
         (RunConfig.from_values({**keys, "local_iterations": iterations}), Action(0.3, 4)),
