@@ -85,8 +85,8 @@ class RunConfig:
     # local training
     local_iterations: int = _key(20, "optimiser steps of a device in a round", min=1, max=100_000)
     local_work: str = _key(
-        "equal", "local_iterations for every device, or by a deadline from a quarter of them, for slow devices, to twice "
-        "as many, where links are what takes long",
+        "deadline", "local_iterations for every device, or by a deadline from a quarter of them, for slow devices, to "
+        "twice as many, where links take long",
         "equal", "deadline",
     )  # fmt: skip
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)

@@ -51,7 +51,7 @@ from fedspine.report.comparison_tables import (  # noqa: E402
 from fedspine.report.records import write_atomically  # noqa: E402
 
 METHODS = (
-    "fedspine", "fedspine for 48 rounds", "fedspine + distilling", "fedspine without levers", "fedspine-paper",
+    "fedspine", "fedspine with equal local work", "fedspine + distilling", "fedspine without levers", "fedspine-paper",
     "loraprune", "llm-pruner", "llm-pruner with levers", "apt", "magnitude", "random-pruning", "fedmp",
     "fedit", "fedit with levers", "ffa-lora", "rolora", "flexlora", "lora-fair", "hetlora", "fedprox", "flora",
     "fedex-lora", "fedsa-lora",

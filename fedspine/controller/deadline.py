@@ -1,13 +1,15 @@
-"""Local iterations by time (`local_work = "deadline"`), on top of any policy: fewer for slow devices, more for all where
-links are what takes long.
+"""Local iterations by time (`local_work = "deadline"`), on top of any policy.
+
+Slow devices do fewer, and all do more where links are what takes long.
 
 The policy chooses ratio and rank as ever. Then the round gets a deadline, and each device as many iterations as fit,
 from a quarter of `local_iterations` to twice as many. As in joint.py, the deadline is the one with the most value per
-second, where a share w of the iterations is worth sqrt(w) to a device (an assumption: later steps bring less). So
-devices of one speed compute as long as they transfer, if the bounds allow: the longer the way, the more is done before
-it is taken. The deadline is no earlier than the median of the predicted times with `local_iterations`, nor earlier than
-what the slowest needs for a quarter of them: where nothing is to be gained from the links, most devices do what the
-configuration says. So does a device of which nothing is known, neither from its past nor from a probe.
+second, where w times as many iterations are worth w ** 0.75 to a device: later steps bring less, though twice as many
+brought nearly twice as much (experiments/levers). So devices of one speed compute three times as long as they transfer,
+if the bounds allow: the longer the way, the more is done before it is taken. The deadline is no earlier than the median
+of the predicted times with `local_iterations`, nor earlier than what the slowest needs for a quarter of them: where
+nothing is to be gained from the links, most devices do what the configuration says. So does a device of which nothing
+is known, neither from its past nor from a probe.
 
 Aggregation weighs a device by its examples, whatever its iterations. Fewer steps have moved its adapters less, so that
 it counts for less already; to scale that up, as FedNova does (arXiv 2007.07481), would scale up the noise of few
@@ -29,6 +31,8 @@ from fedspine.types import Action, Candidate, Pull
 
 LEAST_SHARE, MOST_SHARE = 0.25, 2.0
 """Of `local_iterations`."""
+WORTH = 0.75
+"""Power of the iterations that is their worth."""
 
 Floats = NDArray[np.float64]
 
@@ -69,5 +73,5 @@ def fitting_iterations(compute: Floats, transfer: Floats, full: int) -> list[int
     deadlines = np.unique([earliest, *ends[ends > earliest]])
     fitting = np.floor(full * (deadlines[:, None] - transfer) / compute * (1 + 1e-9))
     fitting = np.clip(fitting, least, most)
-    best = int(np.argmax(np.sqrt(fitting / full).sum(axis=1) / deadlines))
+    best = int(np.argmax(((fitting / full) ** WORTH).sum(axis=1) / deadlines))
     return [int(iterations) for iterations in fitting[best]]
