@@ -331,11 +331,12 @@ def test_cuts_leave_iterations_to_recover(iterations: int, interval: int, cuts: 
     [
         ({"policy": "fedspine"}, True),
         ({"policy": "time-model"}, True),
-        ({"policy": "s-ucb"}, False),
+        ({"policy": "s-ucb"}, True),
+        ({"policy": "s-ucb", "local_work": "equal"}, False),
         ({"policy": "fedspine", "probe": "never"}, False),
     ],
 )
-def test_only_policies_that_predict_times_probe(values: dict[str, Any], expected: bool) -> None:
+def test_only_what_predicts_times_probes(values: dict[str, Any], expected: bool) -> None:
     assert RunConfig.from_values(values).uses_probe is expected
 
 
@@ -343,7 +344,8 @@ def test_a_roll_call_is_for_what_asks_for_times() -> None:
     assert RunConfig(sampling="uniform").uses_roll_call
     assert not RunConfig(roll_call=False).uses_roll_call
     assert RunConfig(policy="fixed").uses_roll_call
-    assert not RunConfig(policy="fixed", sampling="uniform").uses_roll_call
+    assert RunConfig(policy="fixed", sampling="uniform").uses_roll_call
+    assert not RunConfig(policy="fixed", sampling="uniform", local_work="equal").uses_roll_call
     assert RunConfig(devices=2000).uses_roll_call
     assert not RunConfig(devices=2001).uses_roll_call
 

@@ -121,7 +121,7 @@ def test_a_given_number_of_iterations_is_that_local_round(keys: dict[str, Any], 
 def test_rounds_get_shorter(tmp_path: Path, policy: str) -> None:
     keys = {"policy": policy, "rounds": 40, "population": "jetson-80-compute-bound", **PLAIN}
     equal, deadline = (
-        fedspine.schedule(out=tmp_path / work, local_work=work, **keys).summary for work in ("equal", "deadline")
+        fedspine.schedule(out=tmp_path / work, **{**keys, "local_work": work}).summary for work in ("equal", "deadline")
     )
     assert deadline["virtual_seconds"] < 0.8 * equal["virtual_seconds"]
     assert deadline["mean_waiting_seconds"] < 0.8 * equal["mean_waiting_seconds"]

@@ -181,7 +181,7 @@ def test_the_order_of_devices_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_ran_out_of_memory_is_left_out(name: str) -> None:
-    policy = build(name)
+    policy = build(name, local_work="equal")
     cohort = [Candidate(device, 0.1, 0.1, 0.25, RANKS) for device in (0, 1)]
     for draw in range(10):
         action, _ = policy.suggest(4, cohort, [*PAST, lost(0, 0.25, 8)], (*KEY, draw))

@@ -49,11 +49,11 @@ def whole(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run
     return simulate(out=base / "run", observer=Photographer(base / "run", base / "album"), **keys)
 
 
-def test_slow_devices_do_less_and_all_take_part(whole: RunResult) -> None:
+def test_iterations_fit_the_round_and_all_take_part(whole: RunResult) -> None:
     pulls = [pull for record in whole.records for pull in record.pulls]
     steps = [pull.action.iterations for pull in pulls]
-    assert set(steps) <= {1, 2, 3, 4}
-    assert 1 < sum(steps) / len(steps) < 4
+    assert set(steps) <= set(range(1, 9))
+    assert min(steps) < 4 < max(steps)
     counts = [sum(pull.device == device for pull in pulls) for device in range(9)]
     assert max(counts) - min(counts) <= 2
 
