@@ -36,7 +36,7 @@ from fedspine.report.observer import Silent
 from fedspine.simulation import simulate
 from fedspine.structure import Structure
 from fedspine.training import tensors
-from fedspine.types import RoundRecord
+from fedspine.types import Action, RoundRecord
 from fedspine.workbench import Workbench, workbench
 
 MODES = {
@@ -62,7 +62,7 @@ class BareLoop(Silent):
         total = 0.0
         for pull in record.pulls:
             model = cut_model(self._model, self._family, self._structure(pull.ratio_after))
-            total += bare_seconds(model, self._bench, record.round, pull.device, pull.action.lora_rank)
+            total += bare_seconds(model, self._bench, record.round, pull.device, pull.action)
         self.seconds.append(total)
         self.run_seconds.append(record.wall["seconds"])
         for part, seconds in record.wall.items():
@@ -96,10 +96,11 @@ def cut_model(model: nn.Module, family: str, structure: Structure) -> nn.Module:
     return model
 
 
-def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, rank: int) -> float:
+def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, action: Action) -> float:
     """Of forward, backward, clipping and AdamW on the device's batches of that round."""
     config = bench.config
     names = [module.name for module in bench.shape.modules]
+    rank = action.lora_rank
     head = list(family_of(bench.shape.family).head)
     adapted: Any = get_peft_model(
         model,  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ def bare_seconds(model: nn.Module, bench: Workbench, round: int, device: int, ra
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     batches = [
         (tensors(batch, torch.device("cpu")), torch.from_numpy(batch.labels))
-        for batch in bench.training_batches(device, round, config.local_iterations)
+        for batch in bench.training_batches(device, round, action.steps(config.local_iterations))
     ]
     began = time.perf_counter()
     for inputs, labels in batches:
@@ -125,7 +126,7 @@ def sparse_ratio(config: RunConfig, repeats: int = 9) -> float:
     """Dense local round over the same on a model with half of the prunable parameters, in alternation; the median."""
     from fedspine.client_round import train
     from fedspine.lora.adapters import narrow, start_adapters
-    from fedspine.types import Action, TrainRequest
+    from fedspine.types import TrainRequest
 
     bench = workbench(config.to_json())
     shape = bench.shape

@@ -25,6 +25,8 @@ from fedspine.toml_file import read_toml
 _METHOD_HELP = "preset of the keys below: fedspine (measured best), fedspine-paper (faithful), or a baseline"
 MOST_CALLED = 2000
 """Devices in a roll call, which takes a message to each; where there are more there is none."""
+LEAST_WORK, MOST_WORK = 0.25, 2.0
+"""Of `local_iterations`, that a device may be given by a deadline."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,12 @@ class RunConfig:
         return self.policy in ("fedspine", "time-model", "tertile") or self.local_work == "deadline"
 
     @property
+    def iterations_bounds(self) -> tuple[int, int]:
+        """Fewest and most local iterations of a device in a round."""
+        count = self.local_iterations
+        return (count, count) if self.local_work == "equal" else deadline_bounds(count)
+
+    @property
     def probe_share(self) -> float:
         """Share of a local iteration that a probe computes."""
         return min(1.0, self.timed_examples / self.batch_size) if self.timed_examples else 1.0
@@ -274,6 +282,11 @@ class RunConfig:
             lines.append(f"# {field.metadata['key'].help}")
             lines.append(f"{field.name} = {toml_value(getattr(self, field.name))}")
         return "\n".join(lines) + "\n"
+
+
+def deadline_bounds(iterations: int) -> tuple[int, int]:
+    """Fewest and most local iterations that a deadline gives where the configuration says `iterations`."""
+    return max(1, int(LEAST_WORK * iterations)), int(MOST_WORK * iterations)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:

@@ -271,7 +271,10 @@ class _Run:
         return RunResult(self.directory, summary, finished)
 
     def _expected_wall_seconds(self) -> float:
-        """Of the rounds: a few local steps of the uncut model, timed here, scaled by what will be cut."""
+        """Of the rounds: a few local steps of the uncut model, timed here, scaled by what will be cut.
+
+        With the most iterations that a deadline can give.
+        """
         config, bench = self.config, self.bench
         workload = bench.workload
         step = iteration_seconds(bench, 0, Structure.full(bench.shape), config.fixed_rank)
@@ -279,7 +282,7 @@ class _Run:
         relative = sum(workload.planned_flops(floor, config.fixed_rank) for floor in floors)
         relative /= workload.planned_flops(0.0, config.fixed_rank)
         parallel = min(self.workers, config.sampled)
-        return OVERHEAD * relative * config.sampled * config.local_iterations * step / parallel
+        return OVERHEAD * relative * config.sampled * config.iterations_bounds[1] * step / parallel
 
     def _device_types(self) -> tuple[str, ...]:
         if self.config.cost == "measured":

@@ -24,13 +24,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.config import deadline_bounds
 from fedspine.controller.policy import Policy
 from fedspine.controller.time_model import learn_rates, own_rates
 from fedspine.cost import Workload
 from fedspine.types import Action, Candidate, Pull
 
-LEAST_SHARE, MOST_SHARE = 0.25, 2.0
-"""Of `local_iterations`."""
 WORTH = 0.75
 """Power of the iterations that is their worth."""
 
@@ -67,9 +66,9 @@ def fitting_iterations(compute: Floats, transfer: Floats, full: int) -> list[int
 
     `compute`: predicted seconds of `full` iterations; `transfer`: of all transfers, which iterations do not change.
     """
-    least, most = max(1, int(full * LEAST_SHARE)), int(full * MOST_SHARE)
+    least, most = deadline_bounds(full)
     earliest = max(np.median(compute + transfer), np.max(compute * (least / full) + transfer))
-    ends = np.multiply.outer(np.linspace(1, MOST_SHARE, 9), compute) + transfer  # [9, devices]
+    ends = np.multiply.outer(np.linspace(1, most / full, 9), compute) + transfer  # [9, devices]
     deadlines = np.unique([earliest, *ends[ends > earliest]])
     fitting = np.floor(full * (deadlines[:, None] - transfer) / compute * (1 + 1e-9))
     fitting = np.clip(fitting, least, most)

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedspine.config import RunConfig
 from fedspine.model import EMBEDDED, EMBEDDED_HUB_NAME
+from fedspine.report.summary import iterations_text
 from fedspine.structure import ModelShape, Structure
 
 _AUTO = {"classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
@@ -278,7 +279,7 @@ def _training(exported: Exported) -> str:
     return (
         "## How it was made\n\n"
         f"Method `{config.method}`: {rounds} with {config.sampled} of {config.devices} devices each, "
-        f"{config.local_iterations} local iterations of {config.batch_size} examples, AdamW with learning rate "
+        f"{iterations_text(config)} local iterations of {config.batch_size} examples, AdamW with learning rate "
         f"{config.learning_rate:g}. LoRA on {', '.join(config.lora_targets)}, alpha / rank {config.lora_scale:g}; "
         f"devices train ranks {config.min_rank} to {config.max_rank}, and the adapters here are the server's moving "
         f"average over rounds, of rank {config.max_rank}. Seed {config.seed}. The run again:\n\n"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedspine.report.observer import RunPlan
 from fedspine.report.profile import profile, shares
-from fedspine.report.summary import accuracy_name
+from fedspine.report.summary import accuracy_name, iterations_text
 from fedspine.types import OUT_OF_MEMORY, TRAINED, RoundRecord
 
 
@@ -43,7 +43,7 @@ class ConsoleObserver:
             f"target sparsity {config.target_sparsity:.0%} of the prunable",
             f"data     {escape(config.data)}, partition {escape(config.partition)}",
             f"devices  {config.devices} ({kinds}), {config.sampled} per round, {config.rounds} rounds of "
-            f"{config.local_iterations} iterations x {config.batch_size} examples",
+            f"{iterations_text(config)} iterations x {config.batch_size} examples",
             f"traffic  {size(plan.smallest_message_bytes)} to {size(plan.largest_message_bytes)} per message, each way",
             f"memory   up to {size(plan.device_memory_bytes)} on a device (estimate)",
             f"here     engine {plan.engine}, {plan.workers} worker(s), {config.threads} thread(s) each"

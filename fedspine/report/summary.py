@@ -15,6 +15,12 @@ from fedspine.types import OUT_OF_MEMORY, TRAINED, RoundRecord
 COLLAPSED_SHARE = 0.95
 
 
+def iterations_text(config: RunConfig) -> str:
+    """How many local iterations a device does in a round."""
+    least, most = config.iterations_bounds
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
 def accuracy_name(task: str) -> str:
     """What is counted: texts, or tokens."""
     return "token accuracy" if task == "causal-lm" else "accuracy"

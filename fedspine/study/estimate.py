@@ -180,6 +180,7 @@ def cell_config(study: Study, cell: Cell) -> RunConfig:
     values |= {"devices": study.users, "sampled": study.users, "population": study.device, "eval_devices": 1}
     values |= {"model": model, "dtype": "bfloat16" if kind == "bf16" else "float32"}
     values |= {"min_rank": rank, "max_rank": rank, "fixed_rank": rank}
+    values.setdefault("local_work", "equal")  # the budget says how many steps
     values["target_sparsity"] = share if kind in CUTS else 0.0
     return RunConfig.from_values({**METHODS[method], **values})
 
