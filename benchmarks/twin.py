@@ -66,7 +66,8 @@ def federated(folder: Path, out: Path, shares: Sequence[float], rounds: int, key
     port = _free_port()
     count = str(len(shares))
     settings = ["method=fedspine", "policy=random", "local_work=equal", "cost=measured", f"rounds={rounds}"]
-    settings += [f"devices={count}", f"sampled={count}", f"eval_every={rounds}", "eval_devices=1", "eval_examples=64", *keys]
+    settings += [f"devices={count}", f"sampled={count}"]
+    settings += [f"eval_every={rounds}", "eval_devices=1", "eval_examples=64", *keys]
     serve = [*FEDSPINE, "serve", "--insecure", "--host", "127.0.0.1", "--port", str(port), "--out", str(out)]
     with ExitStack() as stack:
         for number, share in enumerate(shares):
