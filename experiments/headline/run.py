@@ -7,7 +7,7 @@ Each (task, population) is a `fedspine compare` of its own, in OUT/TASK-POPULATI
 killed ones continue. Populations after `mixed` train only what looks at times, and take the other methods' runs from
 it. Writes results.json, tables.md, accuracy.png and costs.png beside this file after each of them; with --table from
 results.json alone. What results.json holds already stays in it, with the commit that gave it, unless a run of the same
-method and seed takes its place or its keys are not those of today: so a table can grow over several machines and days.
+method and seed takes its place or its method or keys are not those of today: so a table can grow over several machines and days.
 Times and memory of inference are measured where hetlora, with which they are compared, is among the methods.
 
 The accuracy whose time is compared is 95 % of what unpruned FedIT ends with on the task, rounded down to half a point;
@@ -166,7 +166,8 @@ def _merged(
     entry = others.pop((task, population), empty)
     seeds = 1 + max(run["seed"] for run in [*entry["runs"], *new["runs"]])
     keys = _keys(task, population, seeds, options)
-    old = {_place(run): run for run in entry["runs"] if run["keys"] == keys.get(_place(run))}
+    known = [run for run in entry["runs"] if run["method"] in METHODS]
+    old = {_place(run): run for run in known if run["keys"] == keys.get(_place(run))}
     runs = old | {_place(run): _light(run, keys[_place(run)]) for run in new["runs"]}
     same = {run["method"] for place, run in old.items() if place[1] == 0 and runs[place]["summary"] == run["summary"]}
     measured = {method: ratios for method, ratios in entry["inference"].items() if method in same}
