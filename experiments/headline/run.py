@@ -7,8 +7,8 @@ Each (task, population) is a `fedspine compare` of its own, in OUT/TASK-POPULATI
 killed ones continue. Populations after `mixed` train only what looks at times, and take the other methods' runs from
 it. Writes results.json, tables.md, accuracy.png and costs.png beside this file after each of them; with --table from
 results.json alone. What results.json holds already stays in it, with the commit that gave it, unless a run of the same
-method and seed takes its place or its method or keys are not those of today: so a table can grow over several machines and days.
-Times and memory of inference are measured where hetlora, with which they are compared, is among the methods.
+method and seed takes its place or its method or keys are not those of today: so a table can grow over several machines
+and days. Times and memory of inference are measured where hetlora, with which they are compared, is among the methods.
 
 The accuracy whose time is compared is 95 % of what unpruned FedIT ends with on the task, rounded down to half a point;
 it counts once the model is cut as far as it will be. A method that does not get there is told so.
