@@ -60,7 +60,7 @@ class RunConfig:
     # federation
     devices: int = _key(80, "devices in the federation", min=1, max=1_000_000)
     sampled: int = _key(10, "devices that take part in a round", min=1)
-    rounds: int = _key(16, "rounds", min=1, max=100_000)
+    rounds: int = _key(12, "rounds", min=1, max=100_000)
     sampling: str = _key("speed", "who takes part in a round: drawn, or devices of like speed", "uniform", "speed")
     quorum: float = _key(0.5, "share of the sampled devices that must reply for a round to count", min=0.0, max=1.0)
     close_at: float = _key(1.0, "share of a round's devices whose replies close it; 1: all of them", min=0.05, max=1.0)

@@ -186,9 +186,9 @@ def test_unknown_key_unlike_any_other_is_still_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"rounds": 20.0}, "rounds = 20.0: must be a whole number, such as 16"),
-        ({"rounds": "20"}, "rounds = '20': must be a whole number, such as 16"),
-        ({"rounds": True}, "rounds = True: must be a whole number, such as 16"),
+        ({"rounds": 20.0}, "rounds = 20.0: must be a whole number, such as 12"),
+        ({"rounds": "20"}, "rounds = '20': must be a whole number, such as 12"),
+        ({"rounds": True}, "rounds = True: must be a whole number, such as 12"),
         ({"learning_rate": "fast"}, "learning_rate = 'fast': must be a number, such as 0.001"),
         ({"learning_rate": True}, "learning_rate = True: must be a number, such as 0.001"),
         ({"probe": 1}, 'probe = 1: must be a text, such as "always"'),
@@ -396,5 +396,5 @@ def test_table_in_a_file_is_an_unknown_key(tmp_path: Path) -> None:
 def test_wrong_value_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text('rounds = "many"\n')
-    with pytest.raises(ConfigError, match=r"^rounds = 'many': must be a whole number, such as 16$"):
+    with pytest.raises(ConfigError, match=r"^rounds = 'many': must be a whole number, such as 12$"):
         load_config(path, {})
