@@ -285,13 +285,16 @@ def _column(group: Sequence[Run], key: str) -> list[float]:
 
 
 def _draw(found: Found, directory: Path) -> None:
-    tasks = list(dict.fromkeys(task for task, _ in found))
-    figure = new_figure(2.5 + 5 * len(tasks), 4.5)
-    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        population = "mixed" if (task, "mixed") in found else next(name for other, name in found if other == task)
-        draw_accuracy(axis, by_method(found[task, population][0]))
+    shown: dict[str, tuple[str, dict[str, list[Run]]]] = {}  # a task's first population, usually mixed
+    for (task, population), (runs, _) in found.items():
+        shown.setdefault(task, (population, by_method(runs)))
+    methods = [name for name in METHODS if all(name in groups for _, groups in shown.values())]  # one legend for all
+    figure = new_figure(2.5 + 5 * len(shown), 4.5)
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (task, (population, groups)) in zip(axes, shown.items(), strict=True):
+        draw_accuracy(axis, {name: groups[name] for name in methods})
         axis.set_title(f"{task}, {population}: smoothed accuracy, mean over seeds")
-        if task != tasks[-1]:
+        if axis is not axes[-1]:
             axis.get_legend().remove()
     save_figure(figure, directory / "accuracy.png")
     rows = len(found)
