@@ -5,11 +5,11 @@ Slow devices do fewer, and all do more where links are what takes long.
 The policy chooses ratio and rank as ever. Then the round gets a deadline, and each device as many iterations as fit,
 from a quarter of `local_iterations` to twice as many. As in joint.py, the deadline is the one with the most value per
 second, where w times as many iterations are worth w ** 0.75 to a device: an assumption between later steps that bring
-less and what twice as many brought in experiments/levers, not a fit. So devices of one speed compute three times as long as
-they transfer, if the bounds allow: the longer the way, the more is done before it is taken. The deadline is no earlier
-than the median of the predicted times with `local_iterations`, nor than what the slowest needs for a quarter of them:
-where nothing is to be gained from the links, most devices do what the configuration says. So does a device of which nothing
-is known, neither from its past nor from a probe.
+less and what twice as many brought in experiments/levers, not a fit. So devices of one speed compute three times as
+long as they transfer, if the bounds allow: the longer the way, the more is done before it is taken. The deadline is
+no earlier than the median of the predicted times with `local_iterations`, nor than what the slowest needs for a
+quarter of them: where nothing is to be gained from the links, most devices do what the configuration says. So does a
+device of which nothing is known, neither from its past nor from a probe.
 
 Aggregation weighs a device by its examples, whatever its iterations. Fewer steps have moved its adapters less, so that
 it counts for less already; to scale that up, as FedNova does (arXiv 2007.07481), would scale up the noise of few
