@@ -65,8 +65,8 @@ def federated(folder: Path, out: Path, shares: Sequence[float], rounds: int, key
     """A measured run in `out`; what else it needs is in `folder`."""
     port = _free_port()
     count = str(len(shares))
-    settings = ["method=fedspine", "policy=random", "local_work=equal", "cost=measured", f"rounds={rounds}"]
-    settings += [f"devices={count}", f"sampled={count}"]
+    settings = ["method=fedspine", "policy=random", "local_work=equal", "ramp_ratio=0.6", "cost=measured"]
+    settings += [f"rounds={rounds}", f"devices={count}", f"sampled={count}"]
     settings += [f"eval_every={rounds}", "eval_devices=1", "eval_examples=64", *keys]
     serve = [*FEDSPINE, "serve", "--insecure", "--host", "127.0.0.1", "--port", str(port), "--out", str(out)]
     with ExitStack() as stack:

@@ -153,7 +153,7 @@ class RunConfig:
     )  # fmt: skip
     schedule: str = _key("cubic", "ramp of the sparsity floor, or everything after the warm-up", "cubic", "one-shot")
     warmup_ratio: float = _key(0.1, "share of the rounds before the first cut", min=0.0, max=0.9)
-    ramp_ratio: float = _key(0.6, "share of the rounds after which every device is at the target", min=0.05, max=1.0)
+    ramp_ratio: float = _key(0.25, "share of the rounds after which every device is at the target", min=0.05, max=1.0)
     max_step_ratio: float = _key(0.5, "most that a policy may prune ahead in one round", min=0.0, max=1.0)
 
     # aggregation and scheduling

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "masks": "own",
         "reward": "paper",
         "max_step_ratio": 0.15,
+        "ramp_ratio": 0.6,
     },
     "fedavg": _UNPRUNED,
     "fedit": _UNPRUNED,

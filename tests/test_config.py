@@ -293,7 +293,7 @@ def test_every_choice_is_taken(field: dataclasses.Field[Any]) -> None:
         ({"min_rank": 17, "fixed_rank": 17}, "min_rank = 17: must not exceed max_rank = 16"),
         ({"fixed_rank": 2}, "fixed_rank = 2: must lie between min_rank = 4 and max_rank = 16"),
         ({"max_rank": 6}, "fixed_rank = 8: must lie between min_rank = 4 and max_rank = 6"),
-        ({"warmup_ratio": 0.6}, "warmup_ratio = 0.6: must be below ramp_ratio = 0.6"),
+        ({"warmup_ratio": 0.25}, "warmup_ratio = 0.25: must be below ramp_ratio = 0.25"),
         (
             {"method": "flora", "target_sparsity": 0.5},
             "target_sparsity = 0.5: with fold = 'all' it must be 0.0; or leave fold at 'none'",

@@ -13,7 +13,7 @@ from typing import Any
 from fedspine import schedule
 
 POPULATIONS = ("jetson-80", "jetson-80-compute-bound", "jetson-80-communication-bound")
-PLAIN = {"sampling": "uniform", "roll_call": False, "wire_dtype": "float32", "local_work": "equal"}
+PLAIN = {"sampling": "uniform", "roll_call": False, "wire_dtype": "float32", "local_work": "equal", "ramp_ratio": 0.6}
 COHORTS = {"sampling": "speed", "roll_call": True}
 ROWS: dict[str, dict[str, Any]] = {
     "fedavg": {"method": "fedavg"},

@@ -68,7 +68,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 """Rows of the table; the name is the policy unless the keys say otherwise."""
 ALONE = {
     "sampling": "uniform", "roll_call": False, "wire_dtype": "float32", "probe": "first", "timed_examples": 0,
-    "local_work": "equal",
+    "local_work": "equal", "ramp_ratio": 0.6,
 }  # fmt: skip
 """The policies by themselves, without what method fedspine has beside its policy; a whole iteration is probed, in a
 device's first round, unless a row says otherwise."""
