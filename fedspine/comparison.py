@@ -77,6 +77,7 @@ def compare(
     *,
     methods: Sequence[str] | None = None,
     seeds: int = 3,
+    first_seed: int = 0,
     parallel: int = 1,
     out: str | Path = "comparison",
     target: float | None = None,
@@ -86,7 +87,7 @@ def compare(
     on_progress: Callable[[Cell, Progress], None] = lambda cell, progress: None,
     **keys: Any,
 ) -> Comparison:
-    """Run every method with seeds 0, 1, ... and put them side by side.
+    """Run every method with seeds `first_seed`, `first_seed` + 1, ... and put them side by side.
 
     `config`: a TOML file of the keys that all share, with a table `[methods.NAME]` for each method of one's own: a
     preset (`method`, by default the one of that name) and its keys. A method's own keys go before those of its preset,
@@ -96,13 +97,13 @@ def compare(
     `target`: smoothed accuracy, of a model cut as far as it will be, whose time is compared; by default the highest
     that every run reached.
     `baseline`: method whose costs are 100 %; by default the reference. `inference`: in the end, export every method's
-    global model of seed 0 into `out`/models and measure its speed and memory against the baseline's.
+    global model of the first seed into `out`/models and measure its speed and memory against the baseline's.
     `retime`: another comparison, of the same configuration but for `population`: what it trained with policies that
     never look at times is taken from there under this population's clock, instead of training it again.
 
     Errors: subclasses of `FedSpineError`; before anything is written, but for a run that fails.
     """
-    cells = plan(config, methods, seeds, keys)
+    cells = plan(config, methods, seeds, keys, first_seed)
     if parallel < 1:
         raise ConfigError(f"parallel = {parallel}: must be at least 1")
     baseline = baseline or cells[0].method
@@ -122,18 +123,21 @@ def compare(
     _run_all(cells, runs, parallel, on_progress)
     ratios = {}
     if inference:
-        first = {cell.method: runs / cell.name for cell in cells if cell.seed == 0}
+        first = {cell.method: runs / cell.name for cell in cells if cell.seed == first_seed}
         ratios = measure_inference(first, directory / "models", baseline, cells[0].config.max_length)
     return collect(cells, directory, target, baseline, ratios)
 
 
-def plan(config: str | Path | None, methods: Sequence[str] | None, seeds: int, keys: Mapping[str, Any]) -> list[Cell]:
+def plan(
+    config: str | Path | None, methods: Sequence[str] | None, seeds: int, keys: Mapping[str, Any], first_seed: int = 0
+) -> list[Cell]:
     """The runs, seed by seed, so that an unfinished comparison has whole seeds.
 
     Errors: `ConfigError` for a file or key that cannot be used, an unknown method, too few seeds.
     """
-    if seeds < 1:
-        raise ConfigError(f"seeds = {seeds}: must be at least 1")
+    for name, value, least in (("seeds", seeds, 1), ("first_seed", first_seed, 0)):
+        if value < least:
+            raise ConfigError(f"{name} = {value}: must be at least {least}")
     shared, own = _read(config)
     shared |= keys
     if "seed" in shared or "method" in shared:
@@ -149,7 +153,8 @@ def plan(config: str | Path | None, methods: Sequence[str] | None, seeds: int, k
                 "configuration"
             )
     configs = {name: _of_method(name, shared, own.get(name, {})) for name in chosen}
-    cells = [Cell(name, seed, replace(config, seed=seed)) for seed in range(seeds) for name, config in configs.items()]
+    numbers = range(first_seed, first_seed + seeds)
+    cells = [Cell(name, seed, replace(config, seed=seed)) for seed in numbers for name, config in configs.items()]
     names = [cell.name for cell in cells]
     if clash := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"methods: two of them would share the directory {clash}; rename one")

@@ -182,6 +182,14 @@ def test_command_line(tmp_path: Path, shared: dict[str, Any], capsys: pytest.Cap
     assert "Accuracy; points" in capsys.readouterr().err
     assert main(["compare", "--seeds", "0"]) == 2
     assert "seeds = 0: must be at least 1" in capsys.readouterr().err
+    assert main(["compare", "--first-seed", "-1"]) == 2
+    assert "first_seed = -1: must be at least 0" in capsys.readouterr().err
+
+
+def test_seeds_can_be_shared_out() -> None:
+    cells = plan(None, ["fedavg", "fedspine"], 2, {}, first_seed=3)
+    assert [cell.name for cell in cells] == ["fedavg-seed3", "fedspine-seed3", "fedavg-seed4", "fedspine-seed4"]
+    assert cells == [cell for cell in plan(None, ["fedavg", "fedspine"], 5, {}) if cell.seed >= 3]
 
 
 def run(method: str, seed: int, accuracy: float, speed: float = 1.0) -> dict[str, Any]:
@@ -256,7 +264,7 @@ def test_relative_cost_is_that_of_the_baseline() -> None:
     fast = [run("fast", seed, 0.8, speed=2.0) for seed in range(2)]
     ratios = {"latency": [{"batch": 1, "p50": 0.6}, {"batch": 16, "p50": 0.514}], "peak_memory": None}
     lines = as_markdown([*fast, *slow], View(baseline="slow", inference={"fast": ratios})).splitlines()
-    assert "## Relative cost, slow = 100 %; inference: measured on the models of seed 0" in lines
+    assert "## Relative cost, slow = 100 %; inference: measured on the models of the first seed" in lines
     assert "| fast | 50 % | 50 % | 100 % | 100 % | 60 % | 51 % | - |" in lines
     assert "| slow | 100 % | 100 % | 100 % | 100 % | 100 % | 100 % | 100 % |" in lines
 

@@ -1,7 +1,7 @@
 """The headline: every method at equal sparsity on three tasks, and its cost on three populations of devices.
 
     .venv/bin/python experiments/headline/run.py [--tasks sst2] [--populations mixed] [--methods fedspine,fedit] \\
-        [--seeds 3] [--parallel 2] [--out runs/headline] [-s KEY=VALUE]
+        [--seeds 3] [--first-seed 0] [--parallel 2] [--out runs/headline] [-s KEY=VALUE]
 
 Each (task, population) is a `fedspine compare` of its own, in OUT/TASK-POPULATION; finished runs are not run again,
 killed ones continue. Populations after `mixed` train only what looks at times, and take the other methods' runs from
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--populations", default=",".join(POPULATIONS), metavar="A,B,...", help="mixed first")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="A,B,...")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="K", help="the seeds are K, K + 1, ...")
     parser.add_argument("--parallel", type=int, default=2, metavar="K", help="runs at a time, one process each")
     parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="for a short trial")
     parser.add_argument("--results", type=Path, default=HERE, metavar="DIR", help="folder of results.json and the rest")
@@ -134,10 +135,11 @@ def _compare(task: str, population: str, options: argparse.Namespace) -> dict[st
         HERE / f"{task}.toml",
         methods=methods,
         seeds=options.seeds,
+        first_seed=options.first_seed,
         parallel=options.parallel,
         out=out,
         baseline=BASELINE if BASELINE in methods else "",
-        inference=population == first and BASELINE in methods,
+        inference=population == first and BASELINE in methods and options.first_seed == 0,
         retime=options.out / f"{task}-{first}" if population != first else None,
         on_progress=lambda cell, progress: _say(out, cell, progress),
         **_overrides(population, options),

@@ -39,7 +39,10 @@ def add(commands: Subparsers) -> None:
         help="presets or tables of CONFIG.toml, the reference first (default: its tables, or else "
         "fedavg,fedspine,fedspine-paper)",
     )
-    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds (default: 3)")
+    compare.add_argument(
+        "--first-seed", type=int, default=0, metavar="K", help="they are K to K+N-1, to share them out (default: 0)"
+    )
     compare.add_argument("--parallel", type=int, default=1, metavar="K", help="runs at a time (default: 1)")
     compare.add_argument("--out", default="comparison", metavar="DIR", help="directory (default: comparison)")
     compare.add_argument(
@@ -52,7 +55,7 @@ def add(commands: Subparsers) -> None:
         "--baseline", default="", metavar="METHOD", help="whose costs are 100 %% (default: the reference)"
     )
     compare.add_argument(
-        "--inference", action="store_true", help="also time the models that seed 0 leaves, into DIR/models"
+        "--inference", action="store_true", help="also time the models that the first seed leaves, into DIR/models"
     )
     compare.add_argument(
         "--retime",
@@ -69,12 +72,15 @@ def run(options: argparse.Namespace) -> int:
 
     shared = dict(parse_override(text) for text in options.set)
     methods = [name.strip() for name in options.methods.split(",")] if options.methods else None
-    console = ComparisonConsole(plan(options.config, methods, options.seeds, shared), quiet=options.json)
+    console = ComparisonConsole(
+        plan(options.config, methods, options.seeds, shared, options.first_seed), quiet=options.json
+    )
     try:
         done = compare(
             options.config,
             methods=methods,
             seeds=options.seeds,
+            first_seed=options.first_seed,
             parallel=options.parallel,
             out=options.out,
             target=options.target,

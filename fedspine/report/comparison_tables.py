@@ -237,7 +237,9 @@ def relative_table(groups: Mapping[str, Sequence[Run]], target: float, view: Vie
         if measured:
             row += _inference_cells(view.inference.get(name), len(batches), name == baseline)
         rows.append(tuple(row))
-    title = f"Relative cost, {baseline} = 100 %" + ("; inference: measured on the models of seed 0" if measured else "")
+    title = f"Relative cost, {baseline} = 100 %" + (
+        "; inference: measured on the models of the first seed" if measured else ""
+    )
     return Table(title, (*header, *(("inference memory",) if measured else ())), tuple(rows))
 
 
