@@ -290,6 +290,7 @@ def _draw(found: Found, directory: Path) -> None:
     shown: dict[str, tuple[str, dict[str, list[Run]]]] = {}  # a task's first population, usually mixed
     for (task, population), (runs, _) in found.items():
         shown.setdefault(task, (population, by_method(runs)))
+    shown = {task: each for task, each in shown.items() if DENSE in each[1]} or shown  # others are not complete yet
     methods = [name for name in METHODS if all(name in groups for _, groups in shown.values())]  # one legend for all
     figure = new_figure(2.5 + 5 * len(shown), 4.5)
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
