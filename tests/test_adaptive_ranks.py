@@ -130,8 +130,9 @@ def test_costs_are_those_of_every_projection(keys: dict[str, Any]) -> None:
 
 def test_a_run_grows_where_it_matters(keys: dict[str, Any], tmp_path: Path) -> None:
     """Ranks rise along the ramp, unequally and within the budget; what is sent grows with them."""
-    run = simulate(out=tmp_path / "run", **keys, ramp_ratio=0.8, warmup_ratio=0.0)
-    config = RunConfig.from_values({**keys, "ramp_ratio": 0.8, "warmup_ratio": 0.0})
+    keys = {**keys, "ramp_ratio": 0.8, "warmup_ratio": 0.0}
+    run = simulate(out=tmp_path / "run", **keys)
+    config = RunConfig.from_values(keys)
     shape = workbench(config.to_json()).shape
     sizes = np.array([module.d_out + module.d_in for module in shape.modules])
     records = read_records(run.directory / "rounds.jsonl")

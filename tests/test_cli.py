@@ -79,7 +79,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"sampled": 9}, "sampled = 9: more than devices = 8"),
     ({"devices": 121}, "devices = 121: "),
     ({"fixed_rank": 2}, "fixed_rank = 2: must lie between min_rank = 4 and max_rank = 16"),
-    ({"warmup_ratio": 0.7}, "warmup_ratio = 0.7: must be below ramp_ratio = 0.25"),
+    ({"warmup_ratio": 0.7}, "warmup_ratio = 0.7: must be below ramp_ratio = 0.6"),
     ({"target_sparsity": 0.95}, "target_sparsity = 0.95: this model can be cut to at most 0.8"),
     ({"max_length": 64}, "max_length = 64: "),
     ({"text_column": "body"}, "no column 'body'; it has text, label, writer. Name it with text_column"),
