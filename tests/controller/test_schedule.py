@@ -47,7 +47,7 @@ def test_there_is_always_a_round_of_warm_up() -> None:
     assert warmup_rounds(RunConfig(rounds=5)) == 1
     assert warmup_rounds(RunConfig(rounds=5, warmup_ratio=0.0)) == 1
     assert warmup_rounds(CUBIC) == 3
-    assert warmup_rounds(RunConfig(rounds=20, warmup_ratio=0.2)) == 4
+    assert warmup_rounds(RunConfig(rounds=20, warmup_ratio=0.25, ramp_ratio=0.6)) == 5
 
 
 def test_allowed_range_around_the_floor() -> None:
