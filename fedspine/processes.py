@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -86,6 +87,16 @@ def program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
                     with suppress(psutil.NoSuchProcess):
                         stop(each)
                 _, family = psutil.wait_procs(family, timeout=STOP_SECONDS)
+
+
+def end_with_parent() -> None:
+    """Linux kills this process when the one that started it is gone: Flower lets it end in order, but not while it
+    holds a lock or waits for a thread, such as one that tries again to reach what is gone.
+
+    Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _family(pid: int) -> list[psutil.Process]:

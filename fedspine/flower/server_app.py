@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedspine.config import RunConfig
 from fedspine.flower.exchange import GridExchange
+from fedspine.processes import end_with_parent
 
 WHERE = ("directory", "resume")
 WHO = ("names", "least", "nodes")
@@ -34,6 +35,8 @@ def make_server_app(
         # Flower lets a user override only keys that the project lists; one that is listed as "" is not set.
         values = {key: value for key, value in context.run_config.items() if value != ""}
         where, who = ({key: values.pop(key) for key in keys if key in values} for keys in (WHERE, WHO))
+        if "directory" in where:  # `fedspine serve`, which another may have taken the place of
+            end_with_parent()
         config = RunConfig.from_values(values)
         exchange = GridExchange(
             grid,

@@ -9,7 +9,6 @@ imported before.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -31,6 +30,8 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, Subpr
 from flwr.supercore.superexec.plugin import AutoExecPlugin
 from flwr.supercore.tls import validate_and_resolve_root_certificates
 from flwr.supernode.runtime import run_clientapp
+
+from fedspine.processes import end_with_parent
 
 LIBRARIES = (
     "flwr.supernode.runtime.run_clientapp",
@@ -139,13 +140,6 @@ def superexec_command(port: int) -> list[str]:
     start = f"from {__name__} import main; main()"
     api = ("--insecure", "--runtime-api-address", f"127.0.0.1:{port}")
     return [sys.executable, "-c", start, *api, "--parent-pid", str(os.getpid())]
-
-
-def end_with_parent() -> None:
-    """Linux kills this process when the one that started it is gone: in order it ends by itself, but for a signal that
-    comes while it holds a lock. Source: prctl(2), PR_SET_PDEATHSIG."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def main() -> None:

@@ -58,9 +58,10 @@ def until(process: subprocess.Popen[str], words: str) -> None:
 def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL; what it had started has to end by itself."""
     family = psutil.Process(process.pid).children(recursive=True)
+    commands = {each: each.cmdline() for each in family}
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert not [commands[each] for each in psutil.wait_procs(family, timeout=30)[1]]
 
 
 def worker(device: subprocess.Popen[str]) -> psutil.Process:

@@ -112,7 +112,7 @@ def test_a_late_device_is_left_out_and_a_killed_server_goes_on(base: Path, start
     _, second, third = records(base / "late")
     # One that does not know yet that its old work is of no use to anybody is asked in the next round.
     assert sorted([*outcomes(second), *(NAMES[device] for device in second["away"])]) == list("abc")
-    assert set(outcomes(second).values()) == {TRAINED}
+    assert set(outcomes(second).values()) == {TRAINED}, (second["pulls"], err)
     assert outcomes(third) == dict.fromkeys("abc", TRAINED)
     assert all(device.poll() is None for device in devices)  # they found the new server by themselves
 

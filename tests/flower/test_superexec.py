@@ -101,7 +101,7 @@ def test_a_supernode_ends_with_its_superexec(monkeypatch: pytest.MonkeyPatch, st
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with the one that started it")
 def test_it_is_gone_with_its_parent_even_where_it_cannot_end_by_itself() -> None:
-    stuck = "from fedspine.flower.superexec import end_with_parent as e; e(); print('ready', flush=True); import time\n"
+    stuck = "from fedspine.processes import end_with_parent as e; e(); print('ready', flush=True); import time\n"
     stuck += "try:\n    time.sleep(60)\nfinally:\n    time.sleep(60)\n"
     parent = (
         f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {stuck!r}]); print(c.pid, flush=True); "
