@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ MOST_CALLED = 2000
 """Devices in a roll call, which takes a message to each; where there are more there is none."""
 LEAST_WORK, MOST_WORK = 0.25, 2.0
 """Of `local_iterations`, that a device may be given by a deadline."""
+STABLE = 2 / 3
+"""Of the rounds, before the learning rates of `stable-cosine` go down."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,11 @@ class RunConfig:
     )  # fmt: skip
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
-    learning_rate: float = _key(1e-3, "of AdamW, constant", min=1e-8, max=1.0)
+    learning_rate: float = _key(1e-3, "of AdamW", min=1e-8, max=1.0)
+    rate_schedule: str = _key(
+        "constant", "how learning rates change from round to round: not at all, or down to nothing after the last by "
+        "half a cosine wave, over all rounds or over the last third", "constant", "cosine", "stable-cosine",
+    )  # fmt: skip
     logit_adjustment: float = _key(
         1.0, "weight of a device's log class prior in training logits, against label skew; 0: none", min=0.0, max=10.0
     )
@@ -248,9 +255,16 @@ class RunConfig:
         """
         return max(1, min(iterations, self.local_iterations) // self.prune_interval)
 
-    def adapter_learning_rate(self, rank: int) -> float:
-        """Of a device whose adapters have this rank."""
-        return self.learning_rate * (1.0 if self.adapter_rate == "equal" else self.fixed_rank / rank)
+    def learning_rate_in(self, round: int) -> float:
+        """Of the head. `round`: from 1."""
+        stable = {"constant": 1.0, "cosine": 0.0, "stable-cosine": STABLE}[self.rate_schedule] * self.rounds
+        if round - 1 <= stable:
+            return self.learning_rate
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (round - 1 - stable) / (self.rounds - stable)))
+
+    def adapter_factor(self, rank: int) -> float:
+        """Of the learning rate of adapters of this rank, beside the head's."""
+        return 1.0 if self.adapter_rate == "equal" else self.fixed_rank / rank
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -83,8 +83,9 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
         parameters = list(resident.parameters.values())
         heads = [parameter for name, parameter in resident.parameters.items() if name.startswith(HEAD)]
         adapters = [parameter for name, parameter in resident.parameters.items() if not name.startswith(HEAD)]
-        rates = [config.adapter_learning_rate(request.action.lora_rank) / config.learning_rate for request in requests]
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+        rates = [config.adapter_factor(request.action.lora_rank) for request in requests]
+        rate = config.learning_rate_in(requests[0].round)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
         flops = np.zeros(len(members))
         steps = [request.action.steps(config.local_iterations) for request in requests]
         streams = [
