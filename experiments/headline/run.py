@@ -33,7 +33,7 @@ from grid import COMMIT, commit  # noqa: E402
 
 from fedspine.comparison import FILE, Cell, Progress, compare, plan  # noqa: E402
 from fedspine.config import RunConfig, parse_override  # noqa: E402
-from fedspine.report.comparison_figures import draw_accuracy, draw_bars, new_figure, save_figure  # noqa: E402
+from fedspine.report.comparison_figures import draw_accuracy, draw_costs, new_figure, save_figure  # noqa: E402
 from fedspine.report.comparison_tables import (  # noqa: E402
     Run,
     Table,
@@ -313,8 +313,8 @@ def _draw(found: Found, directory: Path) -> None:
             ("traffic", "MB, both ways", lambda run: traffic(run) / 1e6),
         )
         for axis, (title, label, of) in zip(axes, panels, strict=True):
-            draw_bars(axis, groups, [[of(run) or float("nan") for run in group] for group in groups.values()])
-            axis.set(title=title, xlabel=label, xlim=(0, None))
+            draw_costs(axis, groups, [[of(run) or float("nan") for run in group] for group in groups.values()])
+            axis.set(title=title, xlabel=label)
     save_figure(figure, directory / "costs.png")
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 STYLES = ("-", "--", ":", "-.")
 FEW = 6
 """Methods up to which the single seeds are drawn too."""
+WIDE = 20
 
 
 def draw_comparison(runs: Sequence[Run], directory: Path, view: View | None = None) -> None:
@@ -32,12 +33,12 @@ def draw_comparison(runs: Sequence[Run], directory: Path, view: View | None = No
     draw_bars(axes[0], groups, [[100 * run["summary"]["device_accuracy_mean"] for run in g] for g in groups.values()])
     axes[0].set(title="devices' own models", xlabel="accuracy, %")
     axes[0].set_xlim(left=max(0.0, axes[0].get_xlim()[0]))
-    draw_bars(axes[1], groups, [[seconds_to(run, target) or np.nan for run in g] for g in groups.values()])
-    axes[1].set(title=f"time to {target:.3f}", xlabel="virtual seconds", xlim=(0, None))
-    draw_bars(axes[2], groups, [[run["summary"]["mean_waiting_seconds"] for run in g] for g in groups.values()])
-    axes[2].set(title="waiting", xlabel="virtual seconds per device and round", xlim=(0, None))
-    draw_bars(axes[3], groups, [[traffic(run) / 1e6 for run in g] for g in groups.values()])
-    axes[3].set(title="traffic", xlabel="MB, both ways", xlim=(0, None))
+    draw_costs(axes[1], groups, [[seconds_to(run, target) or np.nan for run in g] for g in groups.values()])
+    axes[1].set(title=f"time to {target:.3f}", xlabel="virtual seconds")
+    draw_costs(axes[2], groups, [[run["summary"]["mean_waiting_seconds"] for run in g] for g in groups.values()])
+    axes[2].set(title="waiting", xlabel="virtual seconds per device and round")
+    draw_costs(axes[3], groups, [[traffic(run) / 1e6 for run in g] for g in groups.values()])
+    axes[3].set(title="traffic", xlabel="MB, both ways")
     save_figure(figure, directory / "costs.png")
 
 
@@ -80,6 +81,18 @@ def draw_bars(axis: Axes, groups: Mapping[str, Sequence[Run]], values: Sequence[
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.grid(alpha=0.3, axis="x")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_costs(axis: Axes, groups: Mapping[str, Sequence[Run]], values: Sequence[Sequence[float]]) -> None:
+    """As `draw_bars`, from zero; where costs differ by more than `WIDE` times, on a logarithmic axis."""
+    draw_bars(axis, groups, values)
+    known = [value for seeds in values for value in seeds if np.isfinite(value)]
+    if known and max(known) > WIDE * min(known) > 0:
+        axis.set(xscale="log", xlim=(min(known) / 2, max(known) * 2))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+    else:
+        axis.set_xlim(left=0)
 
 
 def new_figure(width: float, height: float) -> Figure:
