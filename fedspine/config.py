@@ -98,7 +98,7 @@ class RunConfig:
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW", min=1e-8, max=1.0)
     rate_schedule: str = _key(
-        "constant", "how learning rates change from round to round: not at all, or down to nothing after the last by "
+        "stable-cosine", "how learning rates change from round to round: not at all, or down to nothing after the last by "
         "half a cosine wave, over all rounds or over the last third", "constant", "cosine", "stable-cosine",
     )  # fmt: skip
     logit_adjustment: float = _key(

@@ -12,6 +12,7 @@ PLAIN: dict[str, Any] = {
     "regrowth": False,
     "logit_adjustment": 0.0,
     "local_work": "equal",
+    "rate_schedule": "constant",
     "ramp_ratio": 0.6,
 }
 """Without the levers that FedSpine has beyond the paper. The ramp is the long one: with the short one
