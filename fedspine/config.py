@@ -98,8 +98,8 @@ class RunConfig:
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW", min=1e-8, max=1.0)
     rate_schedule: str = _key(
-        "stable-cosine", "how learning rates change from round to round: not at all, or down to nothing after the last by "
-        "half a cosine wave, over all rounds or over the last third", "constant", "cosine", "stable-cosine",
+        "stable-cosine", "how learning rates change from round to round: not at all, or down to nothing after the last "
+        "by half a cosine wave, over all rounds or over the last third", "constant", "cosine", "stable-cosine",
     )  # fmt: skip
     logit_adjustment: float = _key(
         1.0, "weight of a device's log class prior in training logits, against label skew; 0: none", min=0.0, max=10.0
