@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedspine.config import RunConfig, load_config
+from fedspine.config import RunConfig, saved_config
 from fedspine.devices.catalogue import catalogue_text
 from fedspine.devices.fitting import (
     HEADROOM,
@@ -98,7 +98,7 @@ def calibrate(run: str | Path, out: str | Path | None = None) -> Calibration:
     for name in ("config.toml", "rounds.jsonl"):
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory}: it holds no {name}, so it is no directory of a run with rounds")
-    config = load_config(directory / "config.toml", {})
+    config = saved_config(directory)
     result = calibrated(directory, config, read_records(directory / "rounds.jsonl"))
     if target:
         write_atomically(target, result.to_toml().encode())

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from safetensors.torch import safe_open
 
-from fedspine.config import RunConfig
+from fedspine.config import BEFORE, RunConfig
 from fedspine.errors import CheckpointError
 from fedspine.federation import ServerState
 from fedspine.late import AwaitedReply
@@ -71,9 +71,8 @@ def load_state(directory: Path, config: RunConfig, shape: ModelShape) -> ServerS
     if about.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a FedSpine checkpoint of format {_FORMAT}")
     try:
-        saved = json.loads(RunConfig().to_json()) | json.loads(
-            about["config"]
-        )  # keys that came later have their default
+        later = json.loads(RunConfig().to_json()) | BEFORE  # of keys that the run was too early for
+        saved = later | json.loads(about["config"])
         _check_same(path, saved, json.loads(config.to_json()))
         return _state(about, tensors, shape)
     except (KeyError, ValueError, IndexError) as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedspine import __version__
-from fedspine.config import RunConfig, load_config
+from fedspine.config import RunConfig, saved_config
 from fedspine.errors import CheckpointError, ConfigError
 from fedspine.inference import measure_inference
 from fedspine.methods import METHODS
@@ -231,7 +231,7 @@ def _check_same(directory: Path, cells: Sequence[Cell]) -> None:
         raise CheckpointError(f"--out {directory}: holds something else than a comparison; choose another directory")
     for cell in cells:
         path = directory / "runs" / cell.name / "config.toml"
-        if path.exists() and (found := load_config(path, {})) != cell.config:
+        if path.exists() and (found := saved_config(path.parent)) != cell.config:
             key = next(f.name for f in fields(found) if getattr(found, f.name) != getattr(cell.config, f.name))
             raise CheckpointError(
                 f"--out {directory}: run {cell.name} there has {key} = {getattr(found, key)!r}, now it would be "

@@ -30,6 +30,8 @@ LEAST_WORK, MOST_WORK = 0.25, 2.0
 """Of `local_iterations`, that a device may be given by a deadline."""
 STABLE = 2 / 3
 """Of the rounds, before the learning rates of `stable-cosine` go down."""
+BEFORE = {"rate_schedule": "constant"}
+"""What runs did before there was a key, where its default is something else."""
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,14 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
     """
     values = {} if path is None else read_toml(path, "configuration file")
     return RunConfig.from_values({**values, **overrides})
+
+
+def saved_config(directory: Path) -> RunConfig:
+    """The complete configuration in a run's directory; keys that it was too early for are as they were before them.
+
+    Errors: as `load_config`.
+    """
+    return RunConfig.from_values(BEFORE | read_toml(directory / "config.toml", "configuration file"))
 
 
 def configured(config: RunConfig | str | Path | None, keys: Mapping[str, Any]) -> RunConfig:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from fedspine.artifact import ADAPTER, assembled, load_model, save_adapter, save_model
 from fedspine.benchmark import alternate
 from fedspine.checkpoint import FILE, load_state
-from fedspine.config import RunConfig, load_config
+from fedspine.config import RunConfig, saved_config
 from fedspine.data.encode import evaluation_batches
 from fedspine.data.language import prompt_text
 from fedspine.errors import CheckpointError, ConfigError
@@ -128,7 +128,7 @@ def _config_of(directory: Path, device: int | None) -> RunConfig:
         raise CheckpointError(
             f"{directory} has no checkpoint ({FILE}): there is no model to export before the first round is done"
         )
-    config = load_config(directory / "config.toml", {})
+    config = saved_config(directory)
     if device is not None and not 0 <= device < config.devices:
         raise ConfigError(f"device = {device}: the run has devices 0 to {config.devices - 1}")
     return config

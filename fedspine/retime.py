@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from fedspine.config import RunConfig, load_config
+from fedspine.config import RunConfig, saved_config
 from fedspine.controller.reward import reward_pulls
 from fedspine.devices.clock import VirtualMeter, device_state, type_names
 from fedspine.devices.population import population_of
@@ -36,7 +36,7 @@ def retime_run(source: Path, config: RunConfig, directory: Path) -> bool:
     blind = all(getattr(config, key) in values for key, values in TIME_BLIND.items())
     if not blind or not (source / "summary.json").is_file():
         return False
-    before = load_config(source / "config.toml", {})
+    before = saved_config(source)
     if replace(before, population=config.population) != config:
         return False
     old, new = (population_of(each) for each in (before, config))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from fedspine.config import RunConfig, load_config
+from fedspine.config import RunConfig, saved_config
 from fedspine.errors import CheckpointError
 from fedspine.report.records import write_atomically
 
@@ -39,7 +39,7 @@ def resumed_config(directory: Path) -> RunConfig:
         raise CheckpointError(f"--resume {directory}: there is no such directory")
     if not (directory / "config.toml").is_file():
         raise CheckpointError(f"--resume {directory}: it holds no config.toml, so it is no run directory")
-    return load_config(directory / "config.toml", {})
+    return saved_config(directory)
 
 
 def write_names(directory: Path, names: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedspine.config import METHODS, RunConfig, load_config, parse_override
+from fedspine.config import METHODS, RunConfig, load_config, parse_override, saved_config
 from fedspine.errors import ConfigError
 
 UNUSUAL: dict[str, Any] = {
@@ -384,6 +384,13 @@ def test_broken_toml(tmp_path: Path, text: str) -> None:
         load_config(path, {})
     assert str(caught.value).startswith(f"configuration file {path} is not valid TOML: ")
     assert "(at " in str(caught.value)
+
+
+def test_a_run_that_was_too_early_for_a_key_goes_on_as_it_began(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("rounds = 7\n", encoding="utf-8")
+    assert saved_config(tmp_path) == RunConfig.from_values({"rounds": 7, "rate_schedule": "constant"})
+    (tmp_path / "config.toml").write_text('rate_schedule = "cosine"\n', encoding="utf-8")
+    assert saved_config(tmp_path).rate_schedule == "cosine"
 
 
 def test_table_in_a_file_is_an_unknown_key(tmp_path: Path) -> None:

@@ -36,9 +36,13 @@ def main() -> None:
     parser.add_argument("--axis", required=True, help="what VALUE is")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the table goes into FILE.md")
     options = parser.parse_args()
+    if options.out.suffix != ".png":
+        parser.error(f"--out {options.out}: must end in .png")
     found = {}
     for text in options.comparisons:
         value, _, directory = text.partition("=")
+        if not (Path(directory) / FILE).is_file() or not directory:
+            parser.error(f"{text}: write VALUE=DIR, where DIR is the --out of a finished `fedspine compare`")
         found[value] = json.loads((Path(directory) / FILE).read_text())["runs"]
     panels = panels_of(found)
     draw(panels, list(found), options.axis, options.out)
