@@ -46,6 +46,11 @@ CELLS: dict[str, dict[str, Any]] = {
     "compute-bound, drifting, 200 rounds": {**SMALL, "population": str(HERE / "drift.toml"), "rounds": 200},
     "mixed, 100 of 1,000": {**LARGE, "population": "jetson-80"},
     "compute-bound, drifting, 100 of 1,000": {**LARGE, "population": str(HERE / "drift.toml")},
+    "mixed, the default ramp": {**SMALL, "population": "jetson-80", "ramp_ratio": 0.25},
+    "communication-bound, the default ramp": {
+        **SMALL, "population": "jetson-80-communication-bound", "ramp_ratio": 0.25,
+    },
+    "compute-bound, the default ramp": {**SMALL, "population": "jetson-80-compute-bound", "ramp_ratio": 0.25},
     "mixed, other surface": {**SMALL, "population": "jetson-80", "surface": OTHER},
     "compute-bound, other surface": {**SMALL, "population": "jetson-80-compute-bound", "surface": OTHER},
 }
