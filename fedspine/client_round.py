@@ -20,13 +20,13 @@ from fedspine.data.encode import Batch, Encoded, balanced_sample
 from fedspine.devices.clock import Meter, VirtualMeter, device_state
 from fedspine.devices.measured import MeasuredMeter, Start
 from fedspine.logit_adjustment import logit_shift
-from fedspine.lora.adapters import narrow, nbytes, rank_of, ranks_of, widen
+from fedspine.lora.adapters import above, narrow, nbytes, rank_of, ranks_of, widen
 from fedspine.lora.factors import BOTH, completed, known_to, of_sides, on_the_wire, shared, trained_sides
 from fedspine.lora.norms import update_norm
 from fedspine.lora.proximal import Proximal
 from fedspine.lora.rank_salience import RankSalience
 from fedspine.lora.rank_tail import RankTail, kept_rank
-from fedspine.pruning.importance import SCORERS, TaylorScorer
+from fedspine.pruning.importance import SCORERS, TaylorScorer, mask_scores
 from fedspine.pruning.scoreboard import blend
 from fedspine.pruning.select import select
 from fedspine.randomness import Purpose, generator
@@ -81,7 +81,11 @@ class Local:
             failed = replace(self.report, outcome=FAILED, message=message)
             return TrainReply(request.device, failed, request.structure, {}, None)
         start = narrow(widen(request.arrays, request.structure, bench.shape), structure, config.max_rank, bench.shape)
-        upload_arrays = on_the_wire(of_sides(arrays, trained_sides(config.trained_factors, request.round)), config)
+        first = request.action.first_layer(bench.shape.layers)
+        trained = of_sides(above(arrays, first, bench.shape), trained_sides(config.trained_factors, request.round))
+        upload_arrays = on_the_wire(trained, config)
+        if scores is not None and first:
+            scores = mask_scores(scores, structure.above(first))
         upload = _traffic(upload_arrays, structure, scores, config) + FLOAT_BYTES * len(salience)
         flops += bench.workload.change_flops(request.missed_rank)
         report = replace(
@@ -153,7 +157,8 @@ def begin(request: TrainRequest, bench: Workbench, began: Start | None = None) -
     config, workload, shape = bench.config, bench.workload, bench.shape
     meter = meter_of(bench, request, began)
     arrays = completed(request.arrays, known_to(request, config, bench.start, shape), request.structure, shape)
-    needed = workload.memory_bytes(request.structure, workload.mean_rank(ranks_of(arrays, shape)))
+    first = request.action.first_layer(shape.layers)
+    needed = workload.memory_bytes(request.structure, workload.mean_rank(ranks_of(arrays, shape)), first)
     download = _traffic(request.arrays, request.structure, request.scores, config)
     download += workload.change_bytes(request.missed_rank)
     report = Report(
@@ -203,7 +208,8 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
     config, resident, request = bench.config, bench.resident, local.request
     with watch.part("mount"):
         trained = trained_sides(config.trained_factors, request.round)
-        resident.mount(request.structure, request.arrays, own=own, trained=trained)
+        first = request.action.first_layer(bench.shape.layers)
+        resident.mount(request.structure, request.arrays, own=own, trained=trained, first_layer=first)
     with watch.part("probe batch"):
         probe = probe_batch(local, bench)
         _, loss_before, _ = evaluate(resident, probe)
@@ -226,7 +232,7 @@ def tuned(local: Local, bench: Workbench, watch: Stopwatch, own: bool = False) -
         if structure is not None:
             optimizer.cut(structure)
         counts = resident.structure.counts()
-        flops += bench.workload.iteration_flops(counts, ranks)
+        flops += bench.workload.iteration_flops(counts, ranks, first)
         if isinstance(scorer, TaylorScorer):
             flops += bench.workload.weight_gradient_flops(counts)
 

@@ -96,6 +96,10 @@ class RunConfig:
         "twice as many, where links take long",
         "equal", "deadline",
     )  # fmt: skip
+    slow_layers: int = _key(
+        0, "devices slower than their round's median train the adapters of so many top layers only; 0: of all layers",
+        min=0, max=1000,
+    )  # fmt: skip
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
     learning_rate: float = _key(1e-3, "of AdamW", min=1e-8, max=1.0)
@@ -232,7 +236,11 @@ class RunConfig:
 
     @property
     def _asks_for_times(self) -> bool:
-        return self.policy in ("fedspine", "time-model", "tertile") or self.local_work == "deadline"
+        return (
+            self.policy in ("fedspine", "time-model", "tertile")
+            or self.local_work == "deadline"
+            or self.slow_layers > 0
+        )
 
     @property
     def iterations_bounds(self) -> tuple[int, int]:

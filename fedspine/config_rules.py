@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _FACTORWISE = ("coordinate", "zero-pad")
 _UNNORMED = ("product", "coordinate", "flex", "zero-pad", "fair", "r2sp")
 """Weighed by examples, which staleness can discount."""
+_WITHOUT_WEIGHTS = ("fisher", "lora-gradient", "magnitude", "l1", "random")
+"""Importance that needs no gradients of frozen weights, and so none of layers whose adapters are not trained."""
 _NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
     ("trained_factors", ("both",), {"aggregation": _FACTORWISE}),
     ("fold", ("none",), {"aggregation": ("coordinate",), "trained_factors": ("both",), "target_sparsity": (0.0,)}),
@@ -22,6 +24,12 @@ _NEEDS: tuple[tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]], ...] = (
     ("rank_growth", (1.0,), {"aggregation": _FACTORWISE, "fold": ("none",)}),
     ("wire_dtype", ("float32",), {"fold": ("none",)}),
     ("distill_steps", (0,), {"task": ("classification",), "fold": ("none",), "trained_factors": ("both", "b")}),
+    (
+        "slow_layers",
+        (0,),
+        {"trained_factors": ("both",), "fold": ("none",), "rank_growth": (1.0,), "rank_decay": (1.0,)},
+    ),
+    ("slow_layers", (0,), {"masks": ("shared",), "importance": _WITHOUT_WEIGHTS}),
     ("close_at", (1.0,), {"fold": ("none",), "trained_factors": ("both", "b"), "aggregation": _UNNORMED}),
 )
 """(a key, its values that need nothing, what other keys must be with all its other values)."""
@@ -56,6 +64,15 @@ def check_together(config: RunConfig) -> None:
         )
     if config.warmup_ratio >= config.ramp_ratio:
         raise ConfigError(f"warmup_ratio = {config.warmup_ratio}: must be below ramp_ratio = {config.ramp_ratio}")
+
+
+def check_layers(config: RunConfig, layers: int) -> None:
+    """Errors: `ConfigError` for a part of the model's `layers` that is no part."""
+    if config.slow_layers >= layers:
+        raise ConfigError(
+            f"slow_layers = {config.slow_layers}: must be below the {layers} layers of the model; 0 lets slow devices "
+            "train all of them"
+        )
 
 
 def check_simulated(config: RunConfig) -> None:

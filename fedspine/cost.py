@@ -60,34 +60,43 @@ class Workload:
     prefix: int = 0
     """Keys and values of every layer that no token computes: attention sees them too."""
 
-    def iteration_flops(self, counts: tuple[tuple[float, float], ...], rank: int | tuple[int, ...]) -> float:
+    def iteration_flops(
+        self, counts: tuple[tuple[float, float], ...], rank: int | tuple[int, ...], first_layer: int = 0
+    ) -> float:
         """Training FLOPs of one local iteration.
 
         `counts`: kept (heads, channels) per layer; fractions are allowed for planning. `rank`: of all projections, or
-        of each.
+        of each. `first_layer`: the lowest whose adapters are trained; those below compute forward only.
         """
         base, adapters, head = self._forward_flops(counts, rank)
+        below = 0.0
+        if first_layer:
+            all_base, all_adapters = base, adapters
+            base, adapters, _ = self._forward_flops(counts, rank, first_layer)
+            below = all_base - base + all_adapters - adapters
         again = int(self.gradient_checkpointing)
         loss = LOSS_FLOPS * self.batch_size * self.length * self.shape.vocabulary
-        return (2 + again) * base + 2 * head + (2 + self.trained_share + again) * adapters + loss
+        return (2 + again) * base + 2 * head + (2 + self.trained_share + again) * adapters + loss + below
 
     def inference_flops(self, counts: tuple[tuple[float, float], ...], rank: int = 0) -> float:
         """FLOPs of a forward pass over one batch; rank 0: without adapters."""
         return sum(self._forward_flops(counts, rank))
 
     def _forward_flops(
-        self, counts: tuple[tuple[float, float], ...], rank: int | tuple[int, ...]
+        self, counts: tuple[tuple[float, float], ...], rank: int | tuple[int, ...], first_layer: int = 0
     ) -> tuple[float, float, float]:
-        """Of a batch: (frozen layers, adapters, language model's head)."""
+        """Of a batch, from a layer on: (frozen layers, adapters, language model's head)."""
         tokens = self.batch_size * self.length
         shape = self.shape
         base = 0.0
         adapters = 0.0
-        for heads, channels in counts:
+        for heads, channels in counts[first_layer:]:
             base += 2 * tokens * (heads * shape.head_weights + channels * shape.channel_weights)
             base += 4 * tokens * (self.length + self.prefix) * heads * shape.head_dim
         ranks = rank if isinstance(rank, tuple) else (rank,) * len(shape.modules)
         for module, components in zip(shape.modules, ranks, strict=True):
+            if module.layer < first_layer:
+                continue
             heads, channels = counts[module.layer]
             kept = (heads if module.unit == "heads" else channels) * module.unit_size
             other = module.d_in if module.axis == "rows" else module.d_out
@@ -107,6 +116,18 @@ class Workload:
     def share(self, action: Action) -> float:
         """Of the configured local iterations, that a device is given."""
         return action.steps(self.local_iterations) / self.local_iterations
+
+    def flops_share(self, action: Action) -> float:
+        """Of the FLOPs of a configured local round at the same ratio and rank, that a device is given."""
+        return self.share(action) * self.layers_share(action)
+
+    def layers_share(self, action: Action) -> float:
+        """Of the FLOPs of an iteration, with the adapters of the action's layers only; cuts hardly change it."""
+        if not action.layers:
+            return 1.0
+        every = self.planned_counts(0.0)
+        first = action.first_layer(self.shape.layers)
+        return self.iteration_flops(every, action.lora_rank, first) / self.iteration_flops(every, action.lora_rank)
 
     def planned_flops(self, ratio: Number, rank: Number) -> Number:
         """The same for a pruning ratio that is spread evenly over layers, heads and channels; also of arrays."""
@@ -158,14 +179,15 @@ class Workload:
         """Bytes of a structure on the wire."""
         return self.shape.layers * ((self.shape.heads + 7) // 8 + (self.shape.channels + 7) // 8)
 
-    def memory_bytes(self, structure: Structure, rank: float) -> float:
+    def memory_bytes(self, structure: Structure, rank: float, first_layer: int = 0) -> float:
         """Training memory: weights, adapters with gradient and two Adam moments, activations.
 
         Activations per layer are about 17 values per token and hidden unit (scaled by what is kept), plus the
         attention matrix of every kept query head. With gradient checkpointing these are there for one layer at a time,
-        the largest at worst, and for the others only the input.
+        the largest at worst, and for the others only the input. `first_layer`: the lowest whose adapters are trained;
+        those below keep nothing for a backward pass.
         """
-        return self._memory(structure.counts(), structure.sparsity(self.shape), rank)
+        return self._memory(structure.counts(), structure.sparsity(self.shape), rank, first_layer)
 
     def planned_memory_bytes(self, ratio: float, rank: int) -> float:
         """The same for a pruning ratio that is spread evenly over layers, heads and channels."""
@@ -187,13 +209,17 @@ class Workload:
         shape = self.shape
         return self.frozen_bytes * (shape.total_parameters - sparsity * shape.prunable_parameters)
 
-    def _memory(self, counts: tuple[tuple[float, float], ...], sparsity: float, rank: float) -> float:
+    def _memory(
+        self, counts: tuple[tuple[float, float], ...], sparsity: float, rank: float, first_layer: int = 0
+    ) -> float:
         """With these (heads, channels) left per layer, which is `sparsity` of the prunable parameters cut."""
         shape = self.shape
         tokens = self.batch_size * self.length
-        adapters = self.adapter_bytes(sparsity, rank) + 3 * self.adapter_bytes(sparsity, rank, self.trained_share)
-        inside = [self._values_in_layer(heads, channels) for heads, channels in counts]
-        values = shape.layers * shape.hidden + max(inside) if self.gradient_checkpointing else sum(inside)
+        trained = shape.layers - first_layer
+        share = self.trained_share * trained / shape.layers
+        adapters = self.adapter_bytes(sparsity, rank) + 3 * self.adapter_bytes(sparsity, rank, share)
+        inside = [self._values_in_layer(heads, channels) for heads, channels in counts[first_layer:]]
+        values = trained * shape.hidden + max(inside) if self.gradient_checkpointing else sum(inside)
         logits = FLOAT_BYTES * 2 * shape.vocabulary  # and their gradient: the loss is taken in float32
         activations = tokens * (self.activation_bytes * values + logits)
         return self._weight_bytes(sparsity) + adapters + activations

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from fedspine.lora.adapters import narrow, ranks_of
+from fedspine.lora.adapters import above, narrow, ranks_of
 from fedspine.lora.factors import BOTH, of_sides, trained_sides
 from fedspine.structure import ModelShape, Structure
 from fedspine.types import (
@@ -117,7 +117,7 @@ def train_devices(federation: Federation, plan: RoundPlan, current: Arrays) -> l
 
     def flops(request: TrainRequest) -> float:
         workload, action = federation.workload, request.action
-        return workload.share(action) * workload.round_flops(request.structure, action.lora_rank)
+        return workload.flops_share(action) * workload.round_flops(request.structure, action.lora_rank)
 
     @cache  # one for equal devices
     def shapes(structure: Structure, ranks: tuple[int, ...]) -> Shapes:
@@ -193,6 +193,7 @@ def _unfit(
     if not cut and structure != request.structure:
         return "its structure is not one that it was asked for"
     found, wanted = _shapes(reply.arrays), shapes(structure, tuple(min(rank, report.rank_after) for rank in asked))
+    wanted = above(wanted, request.action.first_layer(shape.layers), shape)
     wrong = [name for name in (wanted | found) if found.get(name) != wanted.get(name)]
     if wrong:
         return f"{wrong[0]} is {found.get(wrong[0], 'absent')}, asked for {wanted.get(wrong[0], 'none')}"

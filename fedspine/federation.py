@@ -18,6 +18,7 @@ from functools import cache
 
 from fedspine.aggregation import RULES
 from fedspine.aggregation.fold import folded, missed_ranks
+from fedspine.aggregation.layers import by_layers
 from fedspine.aggregation.personal import kept_by_devices, own_part
 from fedspine.aggregation.product import average
 from fedspine.aggregation.update import Update
@@ -205,23 +206,32 @@ def finish_round(
     check_quorum(config, plan.round, len(plan.requests), [reply.report for reply in replies])
     asked = awaited(federation.workload, plan, replies)
     closing = close_round(config.close_at, asked, state.pending)
-    worth = [(each.reply, each.discount(plan.round, config.max_staleness)) for each in closing.arrived]
-    joined = [(reply, discount) for reply, discount in worth if discount > 0 and reply.report.outcome == TRAINED]
+    worth = [(each, each.reply, each.discount(plan.round, config.max_staleness)) for each in closing.arrived]
+    joined = [
+        (reply, discount, each.pull.action.first_layer(shape.layers))
+        for each, reply, discount in worth
+        if discount > 0 and reply.report.outcome == TRAINED
+    ]
     updates = [
         Update(
             reply.report.examples * discount,
             reply.structure,
             completed(reply.arrays, state.arrays, reply.structure, shape),
+            first,
         )
-        for reply, discount in joined
+        for reply, discount, first in joined
     ]
-    aggregated = RULES[config.aggregation](state.arrays, updates, shape)
+    aggregated = by_layers(RULES[config.aggregation], state.arrays, updates, shape)
     averages = restored(aggregated, state.arrays, trained_sides(config.trained_factors, plan.round))
     arrays = folded(config.fold, state.arrays, averages, updates, shape)
     decay = min(config.average_decay, (1 + state.round) / (10 + state.round))  # young averages forget the start faster
     averaged = average(state.averaged, arrays, decay, shape) if state.round else arrays
-    devices = [reply.device for reply, _ in joined]
-    scored = [(reply.device, reply.structure, reply.scores) for reply, _ in joined if reply.scores is not None]
+    devices = [reply.device for reply, *_ in joined]
+    scored = [
+        (reply.device, reply.structure.above(first), reply.scores)
+        for reply, _, first in joined
+        if reply.scores is not None
+    ]
     shared = update_shared(state.shared_scores, [(structure, scores) for _, structure, scores in scored])
     own = dict(state.own_scores)
     if config.masks != "shared":

@@ -74,7 +74,8 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
     with watch.part("mount"):
         structures = [request.structure for request in requests]
         trained = trained_sides(config.trained_factors, requests[0].round)
-        group = DeviceGroup(resident, structures, [request.arrays for request in requests], trained)
+        lowest = [request.action.first_layer(bench.shape.layers) for request in requests]
+        group = DeviceGroup(resident, structures, [request.arrays for request in requests], trained, min(lowest))
     scorer = FisherScorer(resident, len(members)) if config.target_sparsity > 0 else None
     try:
         with watch.part("probe batch"):
@@ -83,6 +84,7 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
         parameters = list(resident.parameters.values())
         heads = [parameter for name, parameter in resident.parameters.items() if name.startswith(HEAD)]
         adapters = [parameter for name, parameter in resident.parameters.items() if not name.startswith(HEAD)]
+        frozen = _frozen(resident, lowest)
         rates = [config.adapter_factor(request.action.lora_rank) for request in requests]
         rate = config.learning_rate_in(requests[0].round)
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
@@ -103,7 +105,7 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
                     _cut(group, scorer, requests, bench, iteration)
                 for k in working:
                     rank = requests[k].action.lora_rank
-                    flops[k] += bench.workload.iteration_flops(group.structures[k].counts(), rank)
+                    flops[k] += bench.workload.iteration_flops(group.structures[k].counts(), rank, lowest[k])
             with watch.part("data"):
                 drawn |= {k: next(streams[k]) for k in working}
                 batch, weights = side_by_side([drawn[k] for k in range(len(members))], bench.pad_id)
@@ -113,6 +115,9 @@ def _tuned(members: Sequence[Local], bench: Workbench, watch: Stopwatch) -> list
             with watch.part("backward"):
                 torch.autograd.backward(loss)
                 del loss, losses
+                for parameter, devices in frozen:
+                    if parameter.grad is not None:
+                        parameter.grad[devices] = 0.0
             with watch.part("score"):
                 if scorer is not None:
                     scorer.observe(working)
@@ -168,6 +173,15 @@ def clip_each(parameters: Sequence[torch.nn.Parameter], bound: float) -> None:
     factors = (bound / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+def _frozen(resident: ResidentModel, lowest: Sequence[int]) -> list[tuple[torch.nn.Parameter, list[int]]]:
+    """Stacked adapters with the devices that do not train them; `lowest`: of every device, the layer it trains from."""
+    found = []
+    for module in resident.shape.modules:
+        devices = [device for device, first in enumerate(lowest) if module.layer < first]
+        found += [(resident.parameters[f"{module.name}.{side}"], devices) for side in "AB" if devices]
+    return found
 
 
 def _cut(

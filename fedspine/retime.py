@@ -23,7 +23,13 @@ from fedspine.report.records import read_records, record_to_line, write_atomical
 from fedspine.report.summary import time_to_target
 from fedspine.types import OUT_OF_MEMORY, TRAINED, Pull, RoundRecord
 
-TIME_BLIND = {"policy": ("fixed", "random"), "sampling": ("uniform",), "local_work": ("equal",), "close_at": (1.0,)}
+TIME_BLIND = {
+    "policy": ("fixed", "random"),
+    "sampling": ("uniform",),
+    "local_work": ("equal",),
+    "slow_layers": (0,),
+    "close_at": (1.0,),
+}
 """Values of the keys that could look at times, or at rewards, which hold times, and do not."""
 
 

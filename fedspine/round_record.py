@@ -23,7 +23,7 @@ def awaited(workload: Workload, plan: RoundPlan, replies: Sequence[TrainReply]) 
         trained = reply.report.outcome == TRAINED
         after = reply.structure.sparsity(workload.shape) if trained else before
         rank = workload.mean_rank(ranks_of(request.arrays, workload.shape)) or request.action.lora_rank
-        flops = workload.planned_flops(after, rank) * workload.share(request.action)
+        flops = workload.planned_flops(after, rank) * workload.flops_share(request.action)
         pull = Pull(plan.round, request.device, request.action, before, after, reply.report, flops, probe)
         result.append(AwaitedReply(pull, pull.seconds, reply))
     return result

@@ -139,7 +139,7 @@ class _Scheduler:
     """A federation whose devices are a clock and a surface."""
 
     def __init__(self, config: RunConfig, surface: Surface) -> None:
-        for key, none in (("fold", "none"), ("rank_growth", 1.0)):
+        for key, none in (("fold", "none"), ("rank_growth", 1.0), ("slow_layers", 0)):
             if (value := getattr(config, key)) != none:
                 raise ConfigError(f"{key} = {value!r}: what this costs follows from training; use fedspine simulate")
         self.config, self.surface = config, surface
@@ -236,7 +236,7 @@ class _Scheduler:
     def _pull(self, number: int, device: int, action: Action, before: float, probe: Probe | None) -> Pull:
         report = self._report(number, device, action, before)
         after = action.pruning_ratio if report.outcome == TRAINED else before
-        flops = self.workload.planned_flops(after, action.lora_rank) * self.workload.share(action)
+        flops = self.workload.planned_flops(after, action.lora_rank) * self.workload.flops_share(action)
         return Pull(number, device, action, before, after, report, flops, probe)
 
     def _report(self, number: int, device: int, action: Action, before: float) -> Report:

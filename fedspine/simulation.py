@@ -21,7 +21,7 @@ import numpy as np
 from fedspine.checkpoint import FILE, load_state, save_state
 from fedspine.client_round import iteration_seconds
 from fedspine.config import RunConfig, configured
-from fedspine.config_rules import check_deployable, check_simulated
+from fedspine.config_rules import check_deployable, check_layers, check_simulated
 from fedspine.controller.policy import make_policy
 from fedspine.controller.schedule import floor_ratio
 from fedspine.data.prepared import shared
@@ -174,7 +174,11 @@ class _Run:
     peak: PeakMemory
 
     def check(self) -> None:
-        """Errors: `ModelError` when the target sparsity cannot be reached, or answers cannot be measured."""
+        """Errors: `ModelError` when the target sparsity cannot be reached, or answers cannot be measured.
+
+        `ConfigError` for more layers than there are.
+        """
+        check_layers(self.config, self.bench.shape.layers)
         check_reachable(self.config.target_sparsity, self.bench.shape)
         if self.config.generate_examples:
             check_metrics(self.bench.data)

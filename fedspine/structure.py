@@ -109,6 +109,10 @@ class Structure:
         )
 
     @property
+    def _bits(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        return self.head_bits, self.channel_bits
+
+    @property
     def layers(self) -> int:
         return len(self.head_bits)
 
@@ -135,6 +139,11 @@ class Structure:
             and [len(bits) for bits in ours] == [len(bits) for bits in theirs]
             and not any(int.from_bytes(a) & ~int.from_bytes(b) for a, b in zip(ours, theirs, strict=True))
         )
+
+    def above(self, first: int) -> Structure:
+        """The same from layer `first` on, and nothing below."""
+        parts = (tuple(bytes(len(each)) for each in bits[:first]) + bits[first:] for bits in self._bits)
+        return Structure(self.heads, self.channels, *parts)
 
     def kept_parameters(self, shape: ModelShape) -> int:
         return sum(h * shape.head_parameters + c * shape.channel_parameters for h, c in self.counts())

@@ -37,10 +37,16 @@ class Action:
     lora_rank: int
     iterations: int = 0
     """Local iterations; 0: as many as the configuration says."""
+    layers: int = 0
+    """Layers, counted from the top, whose adapters are trained; 0: all."""
 
     def steps(self, configured: int) -> int:
         """Local iterations, where `configured` is what the configuration says."""
         return self.iterations or configured
+
+    def first_layer(self, layers: int) -> int:
+        """The lowest layer whose adapters are trained, of a model with so many."""
+        return layers - self.layers if self.layers else 0
 
 
 @dataclass(frozen=True)

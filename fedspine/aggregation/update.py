@@ -22,6 +22,8 @@ class Update:
     structure: Structure
     arrays: Arrays
     """Adapters at the device's rank and structure, and the head."""
+    first_layer: int = 0
+    """The lowest whose adapters it has trained; those below are the server's own."""
 
 
 def mean_heads(current: Arrays, updates: Sequence[Update]) -> dict[str, Array]:

@@ -53,7 +53,9 @@ class DeadlinePolicy:
         if known:
             ratios = np.array([actions[place].pruning_ratio for place, _ in known])
             ranks = np.array([float(actions[place].lora_rank) for place, _ in known])
-            compute = self._workload.planned_flops(ratios, ranks) * [rate.seconds_per_flop for _, rate in known]
+            compute = self._workload.planned_flops(ratios, ranks) * [
+                rate.seconds_per_flop * self._workload.layers_share(actions[place]) for place, rate in known
+            ]
             transfer = self._workload.planned_bytes(ratios, ranks) * [rate.seconds_per_byte for _, rate in known]
             fitting = fitting_iterations(compute, transfer, self._workload.local_iterations)
             for (place, _), iterations in zip(known, fitting, strict=True):

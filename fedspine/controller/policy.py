@@ -108,6 +108,7 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
     from fedspine.controller.s_ucb import SUcbPolicy
     from fedspine.controller.simple import FixedPolicy, RandomPolicy
     from fedspine.controller.tertile import TertilePolicy
+    from fedspine.controller.top_layers import TopLayersPolicy
 
     safe = config.fixed_rank
     ranks = rank_grid(config.min_rank, config.max_rank)
@@ -125,5 +126,7 @@ def make_policy(config: RunConfig, workload: Workload, oracle: Oracle | None = N
     elif config.policy == "clairvoyant":
         raise ConfigError("policy = 'clairvoyant': it knows the true times, so it runs in simulations only")
     needed = workload.planned_memory_bytes if config.cost == "measured" else None
-    policy = _Feasible(policies[config.policy](), needed)
+    policy: Policy = _Feasible(policies[config.policy](), needed)
+    if config.slow_layers:
+        policy = TopLayersPolicy(policy, workload, config.slow_layers)
     return DeadlinePolicy(policy, workload) if config.local_work == "deadline" else policy

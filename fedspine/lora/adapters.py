@@ -8,6 +8,9 @@ The scale alpha/rank is the same at every rank, so it never has to be folded in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +18,8 @@ from fedspine.structure import ModelShape, ModuleShape, Structure
 from fedspine.types import Array, Arrays
 
 HEAD = "head."
+
+Value = TypeVar("Value")
 
 
 def start_adapters(shape: ModelShape, rank: int, rng: np.random.Generator) -> dict[str, Array]:
@@ -67,6 +72,12 @@ def widen(arrays: Arrays, structure: Structure, shape: ModelShape) -> dict[str, 
             a = full
         result[f"{module.name}.A"], result[f"{module.name}.B"] = a, b
     return result
+
+
+def above(values: Mapping[str, Value], first_layer: int, shape: ModelShape) -> dict[str, Value]:
+    """By wire name, without the adapters of the layers below `first_layer`."""
+    below = {f"{module.name}.{side}" for module in shape.modules if module.layer < first_layer for side in "AB"}
+    return {name: value for name, value in values.items() if name not in below}
 
 
 def ranks_of(arrays: Arrays, shape: ModelShape) -> tuple[int, ...]:

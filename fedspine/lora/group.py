@@ -27,11 +27,16 @@ class DeviceGroup:
     """Devices that are mounted side by side. A batch holds as many rows of each, device after device."""
 
     def __init__(
-        self, resident: ResidentModel, structures: Sequence[Structure], arrays: Sequence[Arrays], trained: str = BOTH
+        self,
+        resident: ResidentModel,
+        structures: Sequence[Structure],
+        arrays: Sequence[Arrays],
+        trained: str = BOTH,
+        first_layer: int = 0,
     ) -> None:
         """Mount devices with these structures and adapters (narrow). Call `close` before the next mount.
 
-        `trained`: the factors that get gradients, A, B or AB.
+        `trained`: the factors that get gradients, A, B or AB. `first_layer`: the lowest whose adapters get any.
         """
         self.resident = resident
         self.structures = list(structures)
@@ -40,7 +45,7 @@ class DeviceGroup:
         union = _union(structures)
         stacked = _stacked([self._in(union, *pair) for pair in zip(structures, arrays, strict=True)])
         folded = {name: array for name, array in arrays[0].items() if name.endswith(".W")}  # of all: nobody is cut then
-        resident.mount(union, stacked | folded, trained=trained)
+        resident.mount(union, stacked | folded, trained=trained, first_layer=first_layer)
         self._masks: dict[str, torch.Tensor | None] = {}
         """By projection: over the inputs of `o` and `down`."""
         self._handles: list[RemovableHandle] = []

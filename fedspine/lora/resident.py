@@ -92,6 +92,8 @@ class ResidentModel:
         """What is mounted."""
         self._own = False
         self._trained = BOTH
+        self.first_layer = 0
+        """The lowest whose adapters are trained."""
         self._folded: Arrays = {}
         self.parameters: dict[str, nn.Parameter] = {}
 
@@ -100,7 +102,13 @@ class ResidentModel:
         return {name: value.copy() for name, value in self._start.items()}
 
     def mount(
-        self, structure: Structure, arrays: Arrays, merge: bool = False, own: bool = False, trained: str = BOTH
+        self,
+        structure: Structure,
+        arrays: Arrays,
+        merge: bool = False,
+        own: bool = False,
+        trained: str = BOTH,
+        first_layer: int = 0,
     ) -> None:
         """Become the model of one device: cut to `structure`, with adapters and head from `arrays` (narrow).
 
@@ -108,12 +116,12 @@ class ResidentModel:
         in any case.
         `own`: give up what `structure` has cut, and what `cut` will: the memory is freed. It is read again when a
         later structure keeps it. Without `published` nothing is given up.
-        `trained`: the factors that get gradients, A, B or AB.
+        `trained`: the factors that get gradients, A, B or AB. `first_layer`: the lowest whose adapters get any.
         Arrays with one dimension more, in front, are those of several devices: a batch is then as many equal parts.
         Every array is consumed: a wrong or missing name raises `KeyError`.
         Errors: `ModelError` when what was given up cannot be read again.
         """
-        unused, self._own, self._trained = set(arrays), own, trained
+        unused, self._own, self._trained, self.first_layer = set(arrays), own, trained, first_layer
         self.parameters = {}
         self._folded = {name: array for name, array in arrays.items() if name.endswith(".W")}
         for module in self.projections:
@@ -146,7 +154,7 @@ class ResidentModel:
         for name, array in {**self.arrays(), **self._folded}.items():
             keep = self.still_kept(name, structure)
             narrowed[name] = array if keep is None else np.take(array, keep[1], axis=keep[0])
-        self.mount(structure, narrowed, own=self._own, trained=self._trained)
+        self.mount(structure, narrowed, own=self._own, trained=self._trained, first_layer=self.first_layer)
 
     def still_kept(self, name: str, structure: Structure) -> tuple[int, np.ndarray] | None:
         """(axis, positions among the current features) of an array that stay under `structure`; None: all of it."""
@@ -205,9 +213,10 @@ class ResidentModel:
             merged = torch.addmm(linear.weight.float(), b, a, alpha=self.scale).to(linear.weight.dtype)
             linear.weight = nn.Parameter(merged, requires_grad=False)
         rank = a.shape[-2]
+        trained = "" if merge or self._modules[name].layer < self.first_layer else self._trained
         layer.r[ADAPTER], layer.scaling[ADAPTER] = rank, self.scale
         for side, part, value in (("A", layer.lora_A[ADAPTER], a), ("B", layer.lora_B[ADAPTER], b)):
-            part.weight = nn.Parameter(value, requires_grad=not merge and side in self._trained)
+            part.weight = nn.Parameter(value, requires_grad=side in trained)
             self.parameters[f"{name}.{side}"] = part.weight
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -94,7 +94,7 @@ class FisherScorer(_Smoothed):
             self._seen[projection.layer, projection.unit] = by_device.sum(1).cpu().numpy()
 
         def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or projection.layer < self.resident.first_layer:
                 return None
             value = inputs[0]
             if not value.requires_grad:
@@ -105,6 +105,9 @@ class FisherScorer(_Smoothed):
 
     def observe(self, devices: Collection[int] | None = None) -> None:
         """`devices`: those of the batch that are still at work; by default all."""
+        for layer, counts in enumerate(self.resident.structure.counts()[: self.resident.first_layer]):
+            for unit, count in zip(("heads", "channels"), counts, strict=True):
+                self._seen[layer, unit] = np.zeros((1 + len(self._others), count), np.float32)
         for device, smoothed in enumerate([self, *self._others]):
             if devices is not None and device not in devices:
                 continue

@@ -20,6 +20,7 @@ LEVERS: dict[str, Any] = {
     "roll_call": True,
     "probe": "first",
     "local_work": "deadline",
+    "slow_layers": 1,
     "logit_adjustment": 1.0,
     "wire_dtype": "float16",
     "adapter_rate": "inverse-rank",
@@ -54,6 +55,7 @@ def test_iterations_fit_the_round_and_all_take_part(whole: RunResult) -> None:
     steps = [pull.action.iterations for pull in pulls]
     assert set(steps) <= set(range(1, 9))
     assert min(steps) < 4 < max(steps)
+    assert {pull.action.layers for pull in pulls} == {0, 1}
     counts = [sum(pull.device == device for pull in pulls) for device in range(9)]
     assert max(counts) - min(counts) <= 2
 
@@ -72,7 +74,12 @@ def test_a_roll_call_measures_all_devices_once_and_costs_its_time(whole: RunResu
 
 
 def test_half_the_bytes_of_adapters_and_head_travel_and_little_is_lost(keys: dict[str, Any], tmp_path: Path) -> None:
-    same = {"policy": "fixed", "sampling": "uniform", "local_work": "equal"}  # the same work, whatever it costs
+    same = {
+        "policy": "fixed",
+        "sampling": "uniform",
+        "local_work": "equal",
+        "slow_layers": 0,
+    }  # the same work, whatever it costs
     common = {**keys, **same, "rounds": 2, "target_sparsity": 0.0, "learning_rate": 1e-3}
     runs = [simulate(out=tmp_path / dtype, **{**common, "wire_dtype": dtype}) for dtype in ("float16", "float32")]
     half, whole = ([pull.report for record in run.records for pull in record.pulls] for run in runs)
