@@ -48,7 +48,9 @@ CELLS: dict[str, dict[str, Any]] = {
     "compute-bound, drifting, 100 of 1,000": {**LARGE, "population": str(HERE / "drift.toml")},
     "mixed, the default ramp": {**SMALL, "population": "jetson-80", "ramp_ratio": 0.25},
     "communication-bound, the default ramp": {
-        **SMALL, "population": "jetson-80-communication-bound", "ramp_ratio": 0.25,
+        **SMALL,
+        "population": "jetson-80-communication-bound",
+        "ramp_ratio": 0.25,
     },
     "compute-bound, the default ramp": {**SMALL, "population": "jetson-80-compute-bound", "ramp_ratio": 0.25},
     "mixed, other surface": {**SMALL, "population": "jetson-80", "surface": OTHER},
