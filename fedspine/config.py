@@ -97,8 +97,8 @@ class RunConfig:
         "equal", "deadline",
     )  # fmt: skip
     slow_layers: int = _key(
-        0, "top layers whose adapters alone are trained by devices that are clearly slower than their round's median; 0: "
-        "of all layers", min=0, max=1000,
+        0, "top layers whose adapters alone are trained by devices that are clearly slower than their round's median; "
+        "0: of all layers", min=0, max=1000,
     )  # fmt: skip
     prune_interval: int = _key(20, "local iterations between two cuts inside a round", min=1, max=100_000)
     batch_size: int = _key(8, "examples per optimiser step", min=1, max=4096)
