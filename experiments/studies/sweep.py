@@ -104,7 +104,10 @@ def table(panels: Sequence[Panel], values: Sequence[str], axis: str) -> str:
         (
             f"{panel.title}, {panel.unit}",
             method,
-            *(interval(seeds[value]) if seeds.get(value) else "-" for value in values),
+            *(
+                interval(seeds[value], 3 if panel.unit == "accuracy" else 1) if seeds.get(value) else "-"
+                for value in values
+            ),
         )
         for panel in panels
         for method, seeds in panel.seeds.items()
