@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,12 +20,15 @@ STYLES = ("-", "--", ":", "-.")
 FEW = 6
 """Methods up to which the single seeds are drawn too."""
 WIDE = 20
+"""Times, from which on costs are on a logarithmic axis."""
+LABEL = 30
+"""Letters of a method's name in a line."""
 
 
 def draw_comparison(runs: Sequence[Run], directory: Path, view: View | None = None) -> None:
     """`curves.png` and `costs.png`, one colour and line style per method."""
     groups = by_method(runs)
-    figure = new_figure(8, 4.5)
+    figure = new_figure(8, max(4.5, 0.8 + 0.17 * len(groups)))  # the legend's height
     draw_accuracy(figure.subplots(), groups)
     save_figure(figure, directory / "curves.png")
     figure = new_figure(11, 1.2 + 0.42 * len(groups))
@@ -36,7 +40,7 @@ def draw_comparison(runs: Sequence[Run], directory: Path, view: View | None = No
     draw_costs(axes[1], groups, [[seconds_to(run, target) or np.nan for run in g] for g in groups.values()])
     axes[1].set(title=f"time to {target:.3f}", xlabel="virtual seconds")
     draw_costs(axes[2], groups, [[run["summary"]["mean_waiting_seconds"] for run in g] for g in groups.values()])
-    axes[2].set(title="waiting", xlabel="virtual seconds per device and round")
+    axes[2].set(title="waiting", xlabel="virtual s per device, round")
     draw_costs(axes[3], groups, [[traffic(run) / 1e6 for run in g] for g in groups.values()])
     axes[3].set(title="traffic", xlabel="MB, both ways")
     save_figure(figure, directory / "costs.png")
@@ -56,7 +60,7 @@ def draw_accuracy(axis: Axes, groups: Mapping[str, Sequence[Run]]) -> None:
         mean = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0)
         axis.plot(*mean.T, STYLES[number // len(COLOURS) % len(STYLES)], lw=1.6, color=colour, label=name)
     axis.set(
-        title="smoothed accuracy of the global model, mean over seeds",
+        title="smoothed accuracy of the global model",
         xlabel=f"virtual time, {unit_name}",
         ylabel="accuracy",
     )
@@ -66,7 +70,10 @@ def draw_accuracy(axis: Axes, groups: Mapping[str, Sequence[Run]]) -> None:
 
 
 def draw_bars(axis: Axes, groups: Mapping[str, Sequence[Run]], values: Sequence[Sequence[float]]) -> None:
-    """A dot per seed, the mean with its interval, methods from top to bottom; NaN where a target was not reached."""
+    """A dot per seed, the mean with its interval, methods from top to bottom; NaN where a target was not reached.
+
+    A dotted line goes down from the first method's mean, with which the tables compare the others.
+    """
     for number, seeds in enumerate(values):
         colour = COLOURS[number % len(COLOURS)]
         reached = [value for value in seeds if np.isfinite(value)]
@@ -74,10 +81,12 @@ def draw_bars(axis: Axes, groups: Mapping[str, Sequence[Run]], values: Sequence[
         if reached:
             half = half_width(reached) or 0.0
             axis.errorbar(np.mean(reached), number, xerr=half, fmt="D", ms=5, capsize=3, color=colour)
+            if number == 0:
+                axis.axvline(float(np.mean(reached)), ls=":", lw=1, color=colour, alpha=0.6)
         if len(reached) < len(seeds):
             text = f"{len(reached)} of {len(seeds)} " if reached else "not reached"
             axis.text(0.99, number, text, transform=axis.get_yaxis_transform(), ha="right", va="center", fontsize=8)
-    axis.set_yticks(range(len(groups)), list(groups))
+    axis.set_yticks(range(len(groups)), [fill(name, LABEL) for name in groups])
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.grid(alpha=0.3, axis="x")
     axis.spines[["top", "right"]].set_visible(False)
