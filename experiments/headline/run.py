@@ -300,13 +300,12 @@ def _draw(found: Found, directory: Path) -> None:
         if axis is not axes[-1]:
             axis.get_legend().remove()
     save_figure(figure, directory / "accuracy.png")
-    rows = len(found)
-    most = max(len(by_method(runs)) for runs, _ in found.values())
-    figure = new_figure(10, rows * (0.9 + 0.3 * most))
+    heights = [0.9 + 0.22 * len(_timed(runs)) for runs, _ in found.values()]
+    figure = new_figure(10, sum(heights))
     for axes, ((task, population), (runs, view)) in zip(
-        figure.subplots(rows, 3, squeeze=False, sharey="row"), found.items(), strict=True
+        figure.subplots(len(heights), 3, squeeze=False, sharey="row", height_ratios=heights), found.items(), strict=True
     ):
-        groups, target = by_method(runs), target_of(runs, view)
+        groups, target = _timed(runs), target_of(runs, view)
         panels = (
             (f"{task}, {population}: time to {target:.3f}", "virtual seconds", partial(seconds_to, target=target)),
             ("waiting", "virtual s per device and round", lambda run: run["summary"]["mean_waiting_seconds"]),
