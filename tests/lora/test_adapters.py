@@ -65,7 +65,9 @@ def test_parity_with_peft(family: str) -> None:
         for side, part in (("A", layer.lora_A), ("B", layer.lora_B)):
             ours = resident.parameters[f"{module.name}.{side}"].grad
             assert ours is not None
-            torch.testing.assert_close(ours.double(), part["default"].weight.grad, rtol=1e-5, atol=1e-7)
+            theirs = part["default"].weight.grad
+            rounding = 1e-6 * float(theirs.abs().max())  # ours is float32, which keeps 6e-8 of the largest summand
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=rounding)
 
 
 MILDER = {"distilbert": (0.3, 0.5), "llama": (0.3, 0.5), "qwen2": (0.3, 0.5)}
